@@ -1,0 +1,178 @@
+"""Operator contracts: schemas, shapes, gradients, and which engine does the work.
+
+`roialign::multiscale_roi_align` and its backward are one operator each for all levels. An engine is
+a module with `forward(out, ...)` and `backward(grads, ...)`, as in `reference.py`; results are
+allocated here, once for the real and the fake kernels, and engines fill them. The operator is
+linear in the features, so backward saves no feature map and the backward of backward is forward.
+"""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_LIB = torch.library.Library("roialign", "DEF")
+
+_POOLING = "float[] scales, int sampling_ratio, bool aligned, float canonical_scale, float canonical_level"
+_LIB.define(
+    "multiscale_roi_align(Tensor[] features, Tensor rois, Tensor? levels, "
+    f"SymInt pooled_height, SymInt pooled_width, {_POOLING}) -> Tensor"
+)
+# `shape` is N, C, then H, W of each level; `dtypes` are indices into DTYPES.
+_LIB.define(
+    "multiscale_roi_align_backward(Tensor grad, Tensor rois, Tensor? levels, "
+    f"SymInt[] shape, int[] dtypes, bool[] channels_last, {_POOLING}) -> Tensor[]"
+)
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+# device type -> module of its engine, imported when first run. Any other device: the reference.
+ENGINES: dict[str, str] = {}
+
+
+def engine(device_type: str) -> ModuleType:
+    """The engine that serves a device."""
+    name = ENGINES.get(device_type)
+    return importlib.import_module(name) if name else reference
+
+
+@contextmanager
+def use_reference() -> Iterator[None]:
+    """Let the reference serve every device, in all threads, while the context lasts."""
+    saved = dict(ENGINES)
+    ENGINES.clear()
+    try:
+        yield
+    finally:
+        ENGINES.update(saved)
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """Whether channels lie innermost. A tensor that is also contiguous counts as contiguous."""
+    return bool(t.stride(1) == 1 and t.stride(3) != 1)
+
+
+def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format)
+
+
+def _empty_output(features: Sequence[Tensor], rois: Tensor, height: int, width: int) -> Tensor:
+    first = features[0]
+    return _empty(first, (rois.shape[0], first.shape[1], height, width), first.dtype, is_channels_last(first))
+
+
+def _empty_grads(
+    grad: Tensor, shape: Sequence[int], dtypes: Sequence[int], channels_last: Sequence[bool]
+) -> list[Tensor]:
+    images, channels, *sizes = shape
+    return [
+        _empty(grad, (images, channels, height, width), DTYPES[dtype], last)
+        for height, width, dtype, last in zip(sizes[::2], sizes[1::2], dtypes, channels_last, strict=True)
+    ]
+
+
+def _check_rows(rois: Tensor, levels: Tensor | None, images: int, maps: int) -> None:
+    """Only the operator sees the data when the graph is compiled; on a GPU looking would be a sync."""
+    checks = [("boxes", "image index", rois[:, 0].trunc(), images)]
+    if levels is not None:
+        checks.append(("levels", "level", levels, maps))
+    for argument, what, index, stop in checks:
+        bad = ~((index >= 0) & (index < stop))
+        if bad.any():
+            row = int(bad.nonzero()[0, 0])
+            value = rois[row, 0].item() if argument == "boxes" else int(index[row])
+            raise ValueError(f"{argument}[{row}] must have its {what} in [0, {stop}), got {value:g}")
+
+
+def _forward(
+    features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, height: int, width: int, *pooling: Any
+) -> Tensor:
+    if rois.device.type == "cpu":
+        _check_rows(rois, levels, features[0].shape[0], len(features))
+    out = _empty_output(features, rois, height, width)
+    if out.numel():
+        engine(out.device.type).forward(out, features, rois, levels, *pooling)
+    return out
+
+
+def _forward_fake(
+    features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, height: int, width: int, *_pooling: Any
+) -> Tensor:
+    return _empty_output(features, rois, height, width)
+
+
+def _backward(
+    grad: Tensor,
+    rois: Tensor,
+    levels: Tensor | None,
+    shape: Sequence[int],
+    dtypes: Sequence[int],
+    channels_last: Sequence[bool],
+    *pooling: Any,
+) -> list[Tensor]:
+    grads = _empty_grads(grad, shape, dtypes, channels_last)
+    engine(grad.device.type).backward(grads, grad, rois, levels, *pooling)
+    return grads
+
+
+def _backward_fake(
+    grad: Tensor,
+    rois: Tensor,
+    levels: Tensor | None,
+    shape: Sequence[int],
+    dtypes: Sequence[int],
+    channels_last: Sequence[bool],
+    *_pooling: Any,
+) -> list[Tensor]:
+    return _empty_grads(grad, shape, dtypes, channels_last)
+
+
+def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, rois, levels, _, _, *ctx.pooling = inputs
+    ctx.save_for_backward(rois, levels)
+    ctx.shape = [*features[0].shape[:2], *(size for f in features for size in f.shape[2:])]
+    ctx.dtypes = [DTYPES.index(f.dtype) for f in features]
+    ctx.channels_last = [is_channels_last(f) for f in features]
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    rois, levels = ctx.saved_tensors
+    grads = torch.ops.roialign.multiscale_roi_align_backward(
+        grad, rois, levels, ctx.shape, ctx.dtypes, ctx.channels_last, *ctx.pooling
+    )
+    return grads, *(None,) * 9
+
+
+def _save_for_double_gradient(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    grad, rois, levels, _, _, _, *ctx.pooling = inputs
+    ctx.save_for_backward(rois, levels)
+    ctx.pooled = grad.shape[2:]
+
+
+def _double_gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    rois, levels = ctx.saved_tensors
+    out = torch.ops.roialign.multiscale_roi_align(grads, rois, levels, *ctx.pooled, *ctx.pooling)
+    return out, *(None,) * 10
+
+
+def _register(name: str, kernel: Any, fake: Any, gradient: Any, setup_context: Any) -> None:
+    _LIB.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"roialign::{name}", fake, lib=_LIB)
+    torch.library.register_autograd(f"roialign::{name}", gradient, setup_context=setup_context, lib=_LIB)
+
+
+_register("multiscale_roi_align", _forward, _forward_fake, _gradient, _save_for_gradient)
+_register(
+    "multiscale_roi_align_backward",
+    _backward,
+    _backward_fake,
+    _double_gradient,
+    _save_for_double_gradient,
+)

@@ -1,0 +1,142 @@
+"""The modules: signature, representation and state. No maths."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from . import functional  # as a module, so that torch.fx finds the functions it keeps whole
+
+
+class MultiScaleRoIAlign(nn.Module):
+    """Pool regions of interest from a feature pyramid: a drop-in for `torchvision.ops.MultiScaleRoIAlign`.
+
+    Each box is pooled from the level that equation 1 of the FPN paper (arXiv:1612.03144) gives it;
+    where the pyramid has no such level, from the next coarser one, else the coarsest.
+
+    Args:
+        featmap_names: names of the maps to use; those absent from the input are passed over.
+        output_size: bins per RoI, `(PH, PW)`, or one number for both.
+        sampling_ratio: sampling points per bin and axis; if not positive, as many as the bin has
+            cells, rounded up.
+        canonical_scale: side in pixels of the square box that belongs to `canonical_level`.
+        canonical_level: k0 of equation 1; level k has stride `2^k`.
+        aligned: shift boxes by half a cell, as Detectron2 does.
+        scales: cells per pixel, `1 / stride`: one per entry of `featmap_names`, or by name. Any
+            positive numbers. Without them, each call takes the powers of two that fit its shapes.
+        map_levels: a function from the list of boxes to `(K,)` integers, the index of each box's
+            map among the maps used, in the order of `featmap_names`; instead of equation 1.
+
+    Raises:
+        TypeError: `featmap_names` or `output_size` is of the wrong kind.
+        ValueError: `featmap_names` is empty or `output_size` less than 1.
+
+    Example:
+        >>> pooler = MultiScaleRoIAlign(["0", "1"], output_size=7, sampling_ratio=2)
+        >>> x = {"0": torch.rand(1, 8, 64, 64), "1": torch.rand(1, 8, 32, 32)}
+        >>> boxes = [torch.tensor([[10.0, 20.0, 90.0, 120.0]])]
+        >>> pooler(x, boxes, [(256, 256)]).shape
+        torch.Size([1, 8, 7, 7])
+    """
+
+    def __init__(
+        self,
+        featmap_names: Sequence[str],
+        output_size: int | Sequence[int],
+        sampling_ratio: int,
+        *,
+        canonical_scale: int = 224,
+        canonical_level: int = 4,
+        aligned: bool = False,
+        scales: Sequence[float] | Mapping[str, float] | None = None,
+        map_levels: functional.LevelMap | None = None,
+    ) -> None:
+        # Not super(): beside torchvision's class, whose __init__ takes other arguments.
+        nn.Module.__init__(self)
+        functional.check_featmap_names(featmap_names)
+        self.featmap_names = featmap_names
+        self.sampling_ratio = sampling_ratio
+        self.output_size = functional.check_output_size(output_size)
+        self.scales = scales
+        self.map_levels = map_levels
+        self.canonical_scale = canonical_scale
+        self.canonical_level = canonical_level
+        self.aligned = aligned
+
+    def forward(
+        self,
+        x: dict[str, Tensor],
+        boxes: list[Tensor],
+        image_shapes: list[tuple[int, int]] | None = None,
+    ) -> Tensor:
+        """Pool the boxes of a batch.
+
+        Args:
+            x: maps `(N, C, H_l, W_l)` by name, in any order; float32, float64, float16, bfloat16.
+            boxes: per image a tensor `(L, 4)` of `(x1, y1, x2, y2)` in pixels of the image, not of
+                a map; any real dtype; L may be 0.
+            image_shapes: `(height, width)` of each image in pixels, before padding. Not needed
+                where `scales` are set.
+
+        Returns:
+            `(K, C, PH, PW)`: the RoIs of all images in order, in the dtype and memory format of
+            the first map used. A box with a NaN or an infinity gives NaN.
+
+        Raises:
+            TypeError: an argument is of the wrong kind or dtype.
+            ValueError: no map is named in `featmap_names`; a wrong shape, number or device; more
+                boxes tensors than images; `image_shapes` missing when needed.
+        """
+        return functional.pool_named_maps(
+            x,
+            boxes,
+            image_shapes,
+            self.featmap_names,
+            self.output_size,
+            self.sampling_ratio,
+            self.canonical_scale,
+            self.canonical_level,
+            self.aligned,
+            self.scales,
+            self.map_levels,
+        )
+
+    def __repr__(self) -> str:
+        shown = ["featmap_names", "output_size", "sampling_ratio"]
+        defaults = {"aligned": False, "scales": None, "map_levels": None}
+        shown += [name for name, default in defaults.items() if getattr(self, name) is not default]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)}' for name in shown)})"
+
+
+class RoIAlign(nn.Module):
+    """RoIAlign on one map, as `torchvision.ops.RoIAlign`; see `roi_align`.
+
+    Args:
+        output_size: bins per RoI, `(PH, PW)`, or one number for both.
+        spatial_scale: cells of the map per pixel of the image.
+        sampling_ratio: sampling points per bin and axis; adaptive if not positive.
+        aligned: shift boxes by half a cell.
+    """
+
+    def __init__(
+        self,
+        output_size: int | Sequence[int],
+        spatial_scale: float,
+        sampling_ratio: int,
+        aligned: bool = False,
+    ) -> None:
+        super().__init__()
+        functional.check_output_size(output_size)
+        self.output_size = output_size
+        self.spatial_scale = spatial_scale
+        self.sampling_ratio = sampling_ratio
+        self.aligned = aligned
+
+    def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:
+        """Pool `rois` from `input`; see `roi_align`."""
+        return functional.roi_align(
+            input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned
+        )
+
+    def __repr__(self) -> str:
+        shown = ("output_size", "spatial_scale", "sampling_ratio", "aligned")
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)}' for name in shown)})"

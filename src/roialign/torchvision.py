@@ -1,0 +1,12 @@
+"""The same module, made a subclass of torchvision's, for code that checks.
+
+The constructors of torchvision's `FasterRCNN`, `MaskRCNN` and `KeypointRCNN` demand one.
+"""
+
+import torchvision.ops
+
+from . import pooler
+
+
+class MultiScaleRoIAlign(pooler.MultiScaleRoIAlign, torchvision.ops.MultiScaleRoIAlign):
+    __doc__ = pooler.MultiScaleRoIAlign.__doc__
