@@ -1,11 +1,11 @@
 """Swap the poolers of an existing model."""
 
+import math
 import sys
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from .levels import map_levels_of
 from .pooler import RoIAlign
 
 M = TypeVar("M", bound=nn.Module)
@@ -36,7 +36,7 @@ def convert_poolers(model: M) -> M:
             if child not in replacements:
                 replacements[child] = _replacement(child)
             setattr(module, name, replacements[child])
-    return _replacement(model)  # type: ignore[return-value]
+    return cast(M, _replacement(model))
 
 
 def _replacement(module: nn.Module) -> nn.Module:
@@ -49,25 +49,28 @@ def _replacement(module: nn.Module) -> nn.Module:
 
     from .torchvision import MultiScaleRoIAlign
 
-    clone = _clone(module, MultiScaleRoIAlign, aligned=False)
-    if _inferred(module):
-        clone.scales = clone.map_levels = None
-    elif clone.scales is not None and clone.map_levels is None:  # torchvision would infer both
-        clone.scales = None
-    return clone
+    by_hand = _set_by_hand(module)
+    return _clone(
+        module,
+        MultiScaleRoIAlign,
+        aligned=False,
+        scales=module.scales if by_hand else None,
+        map_levels=module.map_levels if by_hand else None,
+    )
 
 
-def _clone(module: nn.Module, cls: type[nn.Module], **more: Any) -> Any:
+def _clone(module: nn.Module, cls: type[nn.Module], **more: object) -> nn.Module:
     """A module of class `cls` with the state of `module`, hooks included."""
     clone = cls.__new__(cls)
     clone.__dict__.update(module.__dict__, **more)
     return clone
 
 
-def _inferred(module: Any) -> bool:
-    """Whether scales and mapper can be what torchvision inferred, rather than set by hand."""
+def _set_by_hand(pooler: Any) -> bool:
+    """Whether scales and mapper are a user's, rather than what torchvision inferred and stored."""
     from torchvision.ops.poolers import LevelMapper
 
-    if module.scales is None or type(module.map_levels) is not LevelMapper:
+    if pooler.scales is None or pooler.map_levels is None:  # then torchvision infers both anew
         return False
-    return all(scale == 0.5**k for scale, k in zip(module.scales, map_levels_of(module.scales), strict=True))
+    inferable = all(scale == 0.5 ** round(-math.log2(scale)) for scale in pooler.scales)
+    return not (inferable and type(pooler.map_levels) is LevelMapper)

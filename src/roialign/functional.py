@@ -129,10 +129,11 @@ def pool_named_maps(
     """`MultiScaleRoIAlign.forward` as a function: one leaf for `torch.fx`."""
     names = _used_names(x, featmap_names)
     features = _check_features("x", [x[name] for name in names], names)
+    sizes = [(f.shape[2], f.shape[3]) for f in features]
     if scales is not None:
         map_scales = _scales_of_names(scales, names, featmap_names)
     else:
-        map_scales = infer_scales([f.shape[2:] for f in features], _check_image_shapes(image_shapes, boxes))
+        map_scales = infer_scales(sizes, _check_image_shapes(image_shapes, boxes))
     rois = _rois_of_lists(boxes, features)
     levels = map_levels(list(boxes)) if map_levels is not None and len(boxes) else None
     return _pool(
@@ -164,7 +165,7 @@ def _pool(
         levels = _check_levels(levels, rois)
     if not canonical_scale > 0:
         raise ValueError(f"canonical_scale must be positive, got {canonical_scale}")
-    return torch.ops.roialign.multiscale_roi_align(
+    pooled: Tensor = torch.ops.roialign.multiscale_roi_align(
         features,
         rois,
         levels,
@@ -176,6 +177,7 @@ def _pool(
         canonical_scale,
         canonical_level,
     )
+    return pooled
 
 
 def check_output_size(output_size: int | Sequence[int]) -> tuple[int, int]:
@@ -294,10 +296,13 @@ def _scales_of_names(
     scales: Sequence[float] | Mapping[str, float], names: list[str], featmap_names: Sequence[str]
 ) -> list[float]:
     if not isinstance(scales, Mapping):
-        if len(scales) != len(featmap_names):
+        if len(scales) not in (len(featmap_names), len(names)):
             raise ValueError(
-                f"scales must hold one number per entry of featmap_names {list(featmap_names)}, got {list(scales)}"
+                "scales must hold one number per entry of featmap_names "
+                f"{list(featmap_names)}, got {list(scales)}"
             )
+        if len(scales) == len(names):  # one per map used: what torchvision stores
+            return list(scales)
         scales = dict(zip(featmap_names, scales, strict=True))
     missing = [name for name in names if name not in scales]
     if missing:
@@ -312,7 +317,7 @@ def _check_image_shapes(
         raise ValueError("image_shapes must be given unless scales are, got None")
     if len(image_shapes) == 0 and len(boxes) > 0:
         raise ValueError(
-            f"image_shapes must hold the size of each image, got [] for {len(boxes)} boxes tensors"
+            f"image_shapes must hold the size of each image, got none for {len(boxes)} boxes tensors"
         )
     for i, shape in enumerate(image_shapes):
         if len(shape) != 2 or shape[0] < 1 or shape[1] < 1:

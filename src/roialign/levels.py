@@ -1,5 +1,6 @@
 """Which map of the pyramid serves which box: scales from shapes, and FPN's equation 1."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -48,7 +49,7 @@ def serving_steps(map_levels: Sequence[int]) -> tuple[int, list[tuple[int, int]]
     """
     first = {level: map_levels.index(level) for level in sorted(set(map_levels))}
     order = list(first)
-    steps = [(a, first[b] - first[a]) for a, b in zip(order, order[1:], strict=False)]
+    steps = [(a, first[b] - first[a]) for a, b in itertools.pairwise(order)]
     return first[order[0]], steps
 
 

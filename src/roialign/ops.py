@@ -17,15 +17,15 @@ from torch import Tensor
 
 from . import reference
 
-_LIB = torch.library.Library("roialign", "DEF")
+_LIB = torch.library.Library("roialign", "DEF")  # type: ignore[no-untyped-call]
 
 _POOLING = "float[] scales, int sampling_ratio, bool aligned, float canonical_scale, float canonical_level"
-_LIB.define(
+_LIB.define(  # type: ignore[no-untyped-call]
     "multiscale_roi_align(Tensor[] features, Tensor rois, Tensor? levels, "
     f"SymInt pooled_height, SymInt pooled_width, {_POOLING}) -> Tensor"
 )
 # `shape` is N, C, then H, W of each level; `dtypes` are indices into DTYPES.
-_LIB.define(
+_LIB.define(  # type: ignore[no-untyped-call]
     "multiscale_roi_align_backward(Tensor grad, Tensor rois, Tensor? levels, "
     f"SymInt[] shape, int[] dtypes, bool[] channels_last, {_POOLING}) -> Tensor[]"
 )
@@ -163,7 +163,7 @@ def _double_gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 
 
 def _register(name: str, kernel: Any, fake: Any, gradient: Any, setup_context: Any) -> None:
-    _LIB.impl(name, kernel, "CompositeExplicitAutograd")
+    _LIB.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"roialign::{name}", fake, lib=_LIB)
     torch.library.register_autograd(f"roialign::{name}", gradient, setup_context=setup_context, lib=_LIB)
 

@@ -25,7 +25,7 @@ _SLAB = 2**14  # RoIs whose sampling points are laid out at once
 class Taps(NamedTuple):
     """Taps of one axis: for each RoI and bin, T cells and their weights."""
 
-    index: Tensor  # (K, bins, T) int64, in [0, extent)
+    cell: Tensor  # (K, bins, T) int64, in [0, extent)
     weight: Tensor  # (K, bins, T), in the working precision
     touched: Tensor  # (K, bins, T) bool: false where a sampling point misses the map
 
@@ -71,7 +71,7 @@ def forward(
     if levels is None:
         levels = assign_levels(rois[:, 1:], map_levels_of(scales), canonical_scale, canonical_level)
     for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
-        geometry = Geometry(*feature.shape[2:], *out.shape[2:], scale, sampling_ratio, aligned)
+        geometry = _geometry(feature, out, scale, sampling_ratio, aligned)
         rows = _poolable_rows(rois, levels == level, len(feature), geometry)
         for part, lo, hi, ys, xs in _blocks(rois, rows, out.shape[1], geometry):
             pooled = _gather(feature[:, lo:hi], rois[part, 0].long(), ys, xs)
@@ -95,19 +95,19 @@ def backward(
         grads: one gradient map `(N, C, H_l, W_l)` per level; filled, with the same bits every time.
             RoIs that `forward` answers with NaN add nothing.
         grad: `(K, C, PH, PW)`, the gradient of the output.
-        rois: as in `forward`, and so are the others.
-        levels: .
-        scales: .
-        sampling_ratio: .
-        aligned: .
-        canonical_scale: .
-        canonical_level: .
+        rois: as in `forward`.
+        levels: as in `forward`.
+        scales: as in `forward`.
+        sampling_ratio: as in `forward`.
+        aligned: as in `forward`.
+        canonical_scale: as in `forward`.
+        canonical_level: as in `forward`.
     """
     if levels is None:
         levels = assign_levels(rois[:, 1:], map_levels_of(scales), canonical_scale, canonical_level)
     for level, (result, scale) in enumerate(zip(grads, scales, strict=True)):
         images, channels, height, width = result.shape
-        geometry = Geometry(height, width, *grad.shape[2:], scale, sampling_ratio, aligned)
+        geometry = _geometry(result, grad, scale, sampling_ratio, aligned)
         rows = _poolable_rows(rois, levels == level, images, geometry)
         # Sums are kept in the working precision: for a few channels at a time, to bound them.
         step = max(1, 4 * _BLOCK // (images * height * width))
@@ -120,9 +120,15 @@ def backward(
             result[:, first : first + step] = total.view(images, height, width, -1).movedim(3, 1)
 
 
+def _geometry(feature: Tensor, pooled: Tensor, scale: float, sampling_ratio: int, aligned: bool) -> Geometry:
+    height, width = feature.shape[2:]
+    pooled_height, pooled_width = pooled.shape[2:]
+    return Geometry(height, width, pooled_height, pooled_width, scale, sampling_ratio, aligned)
+
+
 def _poolable_rows(rois: Tensor, on_level: Tensor, images: int, geometry: Geometry) -> Tensor:
     """Indices of the RoIs of this level that can be pooled: finite box, existing image."""
-    image, x1, y1, x2, y2 = rois.unbind(1)
+    image = rois[:, 0]
     corners = rois[:, 1:] * geometry.scale
     finite = corners.isfinite().all(1) & (corners[:, 2:] - corners[:, :2]).isfinite().all(1)
     exists = (image.trunc() >= 0) & (image < images)
@@ -136,13 +142,13 @@ def _blocks(
 
     RoIs of many taps come first, so that a block holds RoIs of about the same size.
     """
-    for slab in rows.split(_SLAB):
+    for slab in torch.split(rows, _SLAB):
         _, x1, y1, x2, y2 = rois[slab].unbind(1)
         y_span = _to_map(y1, y2, geometry)
         x_span = _to_map(x1, x2, geometry)
         y_visits = _visits(*y_span, geometry.pooled_height, geometry.height, geometry.sampling_ratio)
         x_visits = _visits(*x_span, geometry.pooled_width, geometry.width, geometry.sampling_ratio)
-        visits = torch.maximum(y_visits.count.amax(1), x_visits.count.amax(1)).clamp(min=1)
+        visits = torch.maximum(y_visits.number.amax(1), x_visits.number.amax(1)).clamp(min=1)
         visits, order = visits.sort(descending=True, stable=True)
         cost = (2 * visits * geometry.pooled_height * geometry.pooled_width).tolist()
         start = 0
@@ -172,7 +178,7 @@ class Visits(NamedTuple):
     bin_size: Tensor  # (K, 1)
     grid: Tensor  # (K, 1) points per bin
     first: Tensor  # (K, bins) of them, the first that may meet the map
-    count: Tensor  # (K, bins) and how many may
+    number: Tensor  # (K, bins) and how many may
 
     def of(self, part: Tensor) -> "Visits":
         """The same for some of the RoIs."""
@@ -200,11 +206,11 @@ def _visits(start: Tensor, size: Tensor, bins: int, extent: int, sampling_ratio:
 
 def _taps(visits: Visits, extent: int) -> Taps:
     """The taps of every bin: two for each sampling point, low cell and high cell."""
-    bin_start, bin_size, grid, first, count = (field[..., None] for field in visits)
+    bin_start, bin_size, grid, first, number = (field[..., None] for field in visits)
     grid = grid.clamp(min=1)
-    run = torch.arange(int(count.max()), device=count.device)
+    run = torch.arange(int(number.max()), device=number.device)
     point = bin_start + (first + run + 0.5) * bin_size / grid
-    touched = (run < count) & (point >= -1) & (point <= extent)
+    touched = (run < number) & (point >= -1) & (point <= extent)
     point = torch.where(touched, point, 0.0).clamp(min=0.0, max=extent - 1)
     low = point.floor()
     high = (low + 1).clamp(max=extent - 1)
@@ -215,12 +221,12 @@ def _taps(visits: Visits, extent: int) -> Taps:
 
 def _gather(feature: Tensor, image: Tensor, ys: Taps, xs: Taps) -> Tensor:
     """Read: `(N, C, H, W)` -> `(K, C, PH, PW)`, in the working precision."""
-    rois, bins, taps = xs.index.shape
-    shape = (rois, ys.index.shape[1], bins, feature.shape[1])
+    rois, bins, taps = xs.cell.shape
+    shape = (rois, ys.cell.shape[1], bins, feature.shape[1])
     total = xs.weight.new_zeros(shape)
-    column = xs.index.view(rois, 1, bins * taps)
-    for t in range(ys.index.shape[2]):
-        value = feature[image[:, None, None], :, ys.index[:, :, t, None], column].to(total.dtype)
+    column = xs.cell.view(rois, 1, bins * taps)
+    for t in range(ys.cell.shape[2]):
+        value = feature[image[:, None, None], :, ys.cell[:, :, t, None], column].to(total.dtype)
         weight, touched = _outer(ys, t, xs)
         value = torch.where(touched, value * weight, 0.0)
         total = total + value.view(*shape[:3], taps, shape[3]).sum(3)
@@ -229,13 +235,13 @@ def _gather(feature: Tensor, image: Tensor, ys: Taps, xs: Taps) -> Tensor:
 
 def _scatter(total: Tensor, grad: Tensor, image: Tensor, ys: Taps, xs: Taps, geometry: Geometry) -> None:
     """Write: add `(K, C, PH, PW)` into `(N*H*W, C)`, in an order that depends on the RoIs alone."""
-    rois, bins, taps = xs.index.shape
-    column = xs.index.view(rois, 1, bins * taps)
+    rois, bins, taps = xs.cell.shape
+    column = xs.cell.view(rois, 1, bins * taps)
     share = grad.movedim(1, 3).repeat_interleave(taps, dim=2)
-    for t in range(ys.index.shape[2]):
+    for t in range(ys.cell.shape[2]):
         weight, touched = _outer(ys, t, xs)
         value = torch.where(touched, share * weight, 0.0).flatten(0, 2)
-        row = image[:, None, None] * geometry.height + ys.index[:, :, t, None]
+        row = image[:, None, None] * geometry.height + ys.cell[:, :, t, None]
         cell = (row * geometry.width + column).flatten()
         if total.is_cuda:  # sorts before it adds; scatter_add_ would use atomics here
             total.index_put_((cell,), value, accumulate=True)

@@ -8,5 +8,5 @@ import torchvision.ops
 from . import pooler
 
 
-class MultiScaleRoIAlign(pooler.MultiScaleRoIAlign, torchvision.ops.MultiScaleRoIAlign):
-    __doc__ = pooler.MultiScaleRoIAlign.__doc__
+class MultiScaleRoIAlign(pooler.MultiScaleRoIAlign, torchvision.ops.MultiScaleRoIAlign):  # type: ignore[misc]
+    """`roialign.MultiScaleRoIAlign` that is also a `torchvision.ops.MultiScaleRoIAlign`."""
