@@ -108,8 +108,8 @@ def roi_align(
         rois = boxes.to(working_dtype(features))
     else:
         rois = _rois_of_lists(boxes, features)
-    levels = rois.new_zeros(rois.shape[0], dtype=torch.int64)
-    return _pool(features, rois, levels, output_size, [spatial_scale], sampling_ratio, aligned, 224, 4)
+    _check_scales("spatial_scale", [spatial_scale], 1)
+    return _pool(features, rois, None, output_size, [spatial_scale], sampling_ratio, aligned, 224, 4)
 
 
 @torch.fx.wrap
@@ -171,7 +171,7 @@ def _pool(
         levels,
         pooled_height,
         pooled_width,
-        _check_scales(scales, len(features)),
+        _check_scales("scales", scales, len(features)),
         sampling_ratio,
         aligned,
         canonical_scale,
@@ -261,13 +261,13 @@ def _rois_of_lists(boxes: Sequence[Tensor], features: list[Tensor]) -> Tensor:
     return boxes_to_rois(boxes, features[0], working_dtype(features))
 
 
-def _check_scales(scales: Sequence[float], maps: int) -> list[float]:
+def _check_scales(argument: str, scales: Sequence[float], maps: int) -> list[float]:
     if len(scales) != maps:
-        raise ValueError(f"scales must hold one number per map, got {len(scales)} for {maps} maps")
+        raise ValueError(f"{argument} must hold one number per map, got {len(scales)} for {maps} maps")
     scales = [float(s) for s in scales]
     for s in scales:
-        if not (s > 0 and math.isfinite(s)):
-            raise ValueError(f"scales must be positive and finite, got {s}")
+        if not 0 < s < math.inf:
+            raise ValueError(f"{argument} must be positive and finite, got {s}")
     return scales
 
 

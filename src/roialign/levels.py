@@ -74,12 +74,17 @@ def assign_levels(
     """
     x1, y1, x2, y2 = boxes.unbind(1)
     size = torch.sqrt((x2 - x1) * (y2 - y1))
-    wanted = torch.floor(canonical_level + torch.log2(size / canonical_scale) + eps)
+    wanted = wanted_level(size / canonical_scale, canonical_level, eps)
     finest, steps = serving_steps(map_levels)
     index = torch.full_like(wanted, finest, dtype=torch.int64)
     for level, delta in steps:
         index = index + (wanted > level) * delta
     return index
+
+
+def wanted_level(ratio: Tensor, canonical_level: float, eps: float = EPS) -> Tensor:
+    """Equation 1 itself, of `size / canonical_scale`: a whole number, minus infinity, or NaN."""
+    return torch.floor(canonical_level + torch.log2(ratio) + eps)
 
 
 def map_levels_of(scales: Sequence[float]) -> list[int]:

@@ -6,7 +6,9 @@ allocated here, once for the real and the fake kernels, and engines fill them. T
 linear in the features, so backward saves no feature map and the backward of backward is forward.
 """
 
+import functools
 import importlib
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -33,13 +35,23 @@ _LIB.define(  # type: ignore[no-untyped-call]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 # device type -> module of its engine, imported when first run. Any other device: the reference.
-ENGINES: dict[str, str] = {}
+ENGINES: dict[str, str] = {"cpu": "roialign.cpu.engine"}
 
 
 def engine(device_type: str) -> ModuleType:
     """The engine that serves a device."""
     name = ENGINES.get(device_type)
-    return importlib.import_module(name) if name else reference
+    return _load(name) if name else reference
+
+
+@functools.cache
+def _load(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # a Numba that is missing, or broken on this platform, can raise anything
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(f"{name} cannot be used, the slow reference serves instead ({reason})", stacklevel=2)
+        return reference
 
 
 @contextmanager
@@ -80,15 +92,16 @@ def _empty_grads(
 
 def _check_rows(rois: Tensor, levels: Tensor | None, images: int, maps: int) -> None:
     """Only the operator sees the data when the graph is compiled; on a GPU looking would be a sync."""
-    checks = [("boxes", "image index", rois[:, 0].trunc(), images)]
+    if rois.shape[0] == 0:
+        return
+    checks = [("boxes", "image index", rois[:, 0], -1.0, images)]
     if levels is not None:
-        checks.append(("levels", "level", levels, maps))
-    for argument, what, index, stop in checks:
-        bad = ~((index >= 0) & (index < stop))
-        if bad.any():
-            row = int(bad.nonzero()[0, 0])
-            value = rois[row, 0].item() if argument == "boxes" else int(index[row])
-            raise ValueError(f"{argument}[{row}] must have its {what} in [0, {stop}), got {value:g}")
+        checks.append(("levels", "level", levels, -1, maps))
+    for argument, what, index, above, stop in checks:
+        least, most = torch.aminmax(index)
+        if not (least > above and most < stop):  # also when there is a NaN
+            row = int((~((index > above) & (index < stop))).nonzero()[0, 0])
+            raise ValueError(f"{argument}[{row}] must have its {what} in [0, {stop}), got {index[row]:g}")
 
 
 def _forward(

@@ -1,0 +1,169 @@
+"""Forward from maps of any strides: blocks of 16 channels are packed into scratch and pooled there."""
+
+from typing import Any
+
+import numpy as np
+
+from .jit import kernel
+from .lanes import to_block
+from .simd import LANES, fetch_add, get, put, size_of
+from .sums import ONE, PH, PW, SUM_ENTRIES, ZERO, bins_at_once, sum_columns, sum_rows
+from .tables import AT, CHANNEL_STEP, COLUMN_STEP, IMAGE_STEP, MAP_COLUMNS, ROW_STEP, WIDTH
+
+# The columns of `groups`: its RoIs, the columns of the map they need, rows kept (0: each RoI packs
+# its own cells), and cells of scratch.
+START, STOP, LEFT, SPAN, RING, CELLS = np.arange(6)
+GROUP_COLUMNS = np.int64(6)
+
+PACK_CELLS = np.int64(2**17)  # most cells packed at once: 8 MB of float32, which a cache holds
+WORTH = 2.0  # how much dearer packing a cell for one RoI is than for a group
+FEW = np.int64(8)  # RoIs of a group that shares nothing
+TILE = np.int64(8)  # columns that are transposed at once
+
+
+@kernel
+def group(order, map_of, ys, xs, most, groups):
+    """Cut the ordered RoIs into groups, of at most `most`, that read one map alike; returns how many.
+
+    A group packs the rows that it needs, all of its columns, if that is less work than for each RoI
+    to pack the cells that it touches. RoIs come in the order of their first row, so a ring of as
+    many rows as the tallest RoI has is enough.
+    """
+    n = 0
+    start = ZERO
+    while start < len(order):
+        home = map_of[order[start]]
+        left, right, top, bottom = ONE << 40, -ONE, ONE << 40, -ONE
+        ring = touched = cells = ZERO
+        stop = start
+        while stop < len(order) and map_of[order[stop]] == home and stop - start < most:
+            k = order[stop]
+            rows, columns = ys.touched[k], xs.touched[k]
+            if rows and columns:
+                first, last = ys.cells[ys.base[k]], ys.cells[ys.base[k] + rows - 1]
+                top, bottom = min(top, first), max(bottom, last)
+                ring = max(ring, last - first + 1)
+                left = min(left, xs.cells[xs.base[k]])
+                right = max(right, xs.cells[xs.base[k] + columns - 1])
+                columns = max(TILE, xs.cells[xs.base[k] + columns - 1] - xs.cells[xs.base[k]] + 1)
+                touched += rows * columns
+                cells = max(cells, rows * min(columns, _columns_at_once(rows)))
+            stop += 1
+        span = right - left + 1 if right >= 0 else ZERO
+        if (bottom - top + 1) * span > WORTH * touched or ring * span > PACK_CELLS or ring == 0:
+            stop, ring = min(stop, start + FEW), ZERO
+        else:
+            cells = ring * span
+        groups[n, START], groups[n, STOP], groups[n, LEFT] = start, stop, left
+        groups[n, SPAN], groups[n, RING], groups[n, CELLS] = span, ring, cells
+        n += 1
+        start = stop
+    return n
+
+
+@kernel
+def _columns_at_once(rows):
+    return max(TILE, PACK_CELLS // max(rows, ONE))
+
+
+@kernel
+def run(
+    counter, src_tag, tag, out_tag, maps, levels, out, groups, n_groups, order, map_of, ys, xs, channels,
+    scratch,
+):  # fmt: skip
+    """Take tasks until none is left. A task is a group of RoIs and 16 channels."""
+    tasks = n_groups * ((channels + LANES - 1) // LANES)
+    task = fetch_add(counter)
+    while task < tasks:
+        group, c0 = groups + 8 * (task % n_groups) * GROUP_COLUMNS, task // n_groups * LANES
+        home = get(map_of, get(order, get(group, START)))
+        m = maps + 8 * (home % levels) * MAP_COLUMNS
+        src = get(m, AT) + home // levels * get(m, IMAGE_STEP) + c0 * get(m, CHANNEL_STEP)
+        lanes = min(channels - c0, LANES)
+        shared = get(group, RING) > 0
+        ready = -ONE
+        for i in range(get(group, START), get(group, STOP)):
+            k = get(order, i)
+            columns = get(xs.touched, k)
+            if shared and columns:
+                ready = _pack_rows(src_tag, src, m, lanes, tag, scratch, group, ys, k, ready)
+            step = bins_at_once(columns, get(out, PW))
+            for p0 in range(0, get(out, PH), step):
+                p1 = min(p0 + step, get(out, PH))
+                if shared:
+                    _place_in_ring(tag, scratch, group, ys, xs, k)
+                    sum_rows(
+                        tag, scratch.cells, tag, scratch, ZERO, columns, columns, ys, k, get(out, PH), p0, p1
+                    )
+                else:
+                    _sum_own_cells(src_tag, src, m, lanes, tag, scratch, ys, xs, k, get(out, PH), p0, p1)
+                sum_columns(tag, out_tag, out, scratch, xs, k, c0, c0, lanes, ONE, p0, p1)
+        task = fetch_add(counter)
+
+
+@kernel
+def _pack_rows(src_tag, src, m, lanes, tag, scratch, group, ys, k, ready):
+    """Bring the rows that RoI k needs into the ring, unless they are; returns the last that is."""
+    rows = get(ys.touched, k)
+    if rows == 0:
+        return ready
+    cells = ys.cells + 8 * get(ys.base, k)
+    last = get(cells, rows - 1)
+    ring, left, span = get(group, RING), get(group, LEFT), get(group, SPAN)
+    for row in range(max(ready + 1, get(cells, 0)), last + 1):
+        from_ = src + row * get(m, ROW_STEP) + left * get(m, COLUMN_STEP)
+        to = scratch.cells + row % ring * span * LANES * size_of(tag)
+        to_block(src_tag, from_, get(m, COLUMN_STEP), get(m, CHANNEL_STEP), tag, to, span, lanes)
+    return max(ready, last)
+
+
+@kernel
+def _place_in_ring(tag, scratch, group, ys, xs, k):
+    """Where the cells that RoI k touches lie in the ring."""
+    entry = LANES * size_of(tag)
+    ring = get(group, RING)
+    cells = ys.cells + 8 * get(ys.base, k)
+    origin = ZERO
+    for i in range(get(ys.touched, k)):
+        if i == 0:
+            origin = get(cells, 0) - get(cells, 0) % ring
+        row = get(cells, i) - origin
+        put(scratch.src_row, i, (row if row < ring else row - ring) * get(group, SPAN) * entry)
+    cells = xs.cells + 8 * get(xs.base, k)
+    for i in range(get(xs.touched, k)):
+        put(scratch.src_column, i, (get(cells, i) - get(group, LEFT)) * entry)
+
+
+@kernel
+def _sum_own_cells(src_tag, src, m, lanes, tag, scratch, ys, xs, k, bins, p0, p1):
+    """Pack just the rows that RoI k touches, some columns at a time, and sum over rows."""
+    entry = LANES * size_of(tag)
+    rows, columns = get(ys.touched, k), get(xs.touched, k)
+    row_cells, cells = ys.cells + 8 * get(ys.base, k), xs.cells + 8 * get(xs.base, k)
+    u0 = ZERO
+    while u0 < columns:
+        left = get(cells, u0)
+        u1 = u0 + 1
+        while u1 < columns and get(cells, u1) - left < _columns_at_once(rows):
+            u1 += 1
+        span = min(max(get(cells, u1 - 1) - left + 1, TILE), get(m, WIDTH))
+        left = min(left, get(m, WIDTH) - span)
+        for i in range(rows):
+            from_ = src + get(row_cells, i) * get(m, ROW_STEP) + left * get(m, COLUMN_STEP)
+            to = scratch.cells + i * span * entry
+            to_block(src_tag, from_, get(m, COLUMN_STEP), get(m, CHANNEL_STEP), tag, to, span, lanes)
+            put(scratch.src_row, i, i * span * entry)
+        for u in range(u0, u1):
+            put(scratch.src_column, u - u0, (get(cells, u) - left) * entry)
+        sum_rows(tag, scratch.cells, tag, scratch, u0, u1 - u0, columns, ys, k, bins, p0, p1)
+        u0 = u1
+
+
+def entries(groups: Any, xs: Any, out: Any) -> tuple[int, int, int]:
+    """Entries of 16 numbers that a thread needs for packed cells, row sums and results."""
+    columns = int(xs.touched.max(initial=1))
+    return (
+        int(groups[:, CELLS].max(initial=0)),
+        max(int(SUM_ENTRIES), columns),
+        int(max(SUM_ENTRIES, out[PW])),
+    )

@@ -1,0 +1,50 @@
+"""How kernels are compiled: without the GIL, and kept on disk where that is possible."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from numba import njit
+
+_log = logging.getLogger("roialign")
+_folder: str | None = None
+_said = False
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile a function when it is first called, for the types it is called with.
+
+    Compiled kernels are kept beside the source, or, where that cannot be written, in the user's cache
+    folder (`NUMBA_CACHE_DIR` overrides both). Where neither can, or the disk is full, each process
+    compiles anew, and the log says so once.
+    """
+    global _folder
+    try:
+        compiled = njit(nogil=True, cache=True)(function)
+    except RuntimeError as error:  # "no locator available"
+        _say(error)
+        return njit(nogil=True)(function)
+    cache = compiled._cache
+    _folder = cache.cache_path
+    save = cache.save_overload
+
+    def save_or_say(*args: Any) -> None:
+        try:
+            save(*args)
+        except OSError as error:
+            _say(error)
+
+    cache.save_overload = save_or_say
+    return compiled
+
+
+def cache_folder() -> str | None:
+    """Where compiled kernels are kept; None if nowhere."""
+    return _folder
+
+
+def _say(error: Exception) -> None:
+    global _said
+    if not _said:
+        _said = True
+        _log.warning("compiled kernels cannot be kept, each process compiles anew: %s", error)

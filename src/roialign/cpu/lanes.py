@@ -1,0 +1,116 @@
+"""The inner loops: sums over taps, and the way between maps and blocks of 16 channels.
+
+A *block* holds 16 channels of some cells: `[cell][16]`, in the working precision. Addresses and
+steps are in bytes.
+"""
+
+import numpy as np
+
+from .jit import kernel
+from .simd import LANES, fma, get, load, load_one, size_of, store, store_one, transpose8, zeros
+
+ALL_LANES = np.int64(LANES)
+REPLACE, ADD = np.bool_(False), np.bool_(True)
+
+
+@kernel
+def combine(
+    src_tag, src, src_row, src_column, tag, dst_tag, dst, dst_row, dst_column, columns,
+    start, taps, weights, lo, hi, add,
+):  # fmt: skip
+    """dst[d, i] = sum of weights[t] * src[taps[t], i] over the taps t of row d, for d in lo:hi, i < columns.
+
+    The one inner loop of the engine; with `add`, dst[d, i] is added to. An entry is 16 channels.
+    `src_row`, `src_column`, `dst_row` and `dst_column` hold the offsets of rows and columns: what
+    lies where is the caller's business. Most bins have up to four taps; with their weights and
+    rows in registers, a column is a few fused multiply-adds and a store.
+    """
+    for d in range(lo, hi):
+        t = get(start, d)
+        n = get(start, d + 1) - t
+        to = dst + get(dst_row, d)
+        if 1 <= n <= 4:  # those that are not there repeat the last
+            t1, t2, t3 = t + min(n - 1, 1), t + min(n - 1, 2), t + n - 1
+            w0, s0 = load_one(tag, weights + t * size_of(tag)), src + get(src_row, get(taps, t))
+            w1, s1 = load_one(tag, weights + t1 * size_of(tag)), src + get(src_row, get(taps, t1))
+            w2, s2 = load_one(tag, weights + t2 * size_of(tag)), src + get(src_row, get(taps, t2))
+            w3, s3 = load_one(tag, weights + t3 * size_of(tag)), src + get(src_row, get(taps, t3))
+        if n == 4:
+            for i in range(columns):
+                at, column = to + get(dst_column, i), get(src_column, i)
+                total = load(dst_tag, at) if add else zeros(dst_tag)
+                total = fma(w0, load(src_tag, s0 + column), total)
+                total = fma(w1, load(src_tag, s1 + column), total)
+                total = fma(w2, load(src_tag, s2 + column), total)
+                store(dst_tag, at, fma(w3, load(src_tag, s3 + column), total))
+        elif n == 3:
+            for i in range(columns):
+                at, column = to + get(dst_column, i), get(src_column, i)
+                total = load(dst_tag, at) if add else zeros(dst_tag)
+                total = fma(w0, load(src_tag, s0 + column), total)
+                total = fma(w1, load(src_tag, s1 + column), total)
+                store(dst_tag, at, fma(w2, load(src_tag, s2 + column), total))
+        elif n == 2:
+            for i in range(columns):
+                at, column = to + get(dst_column, i), get(src_column, i)
+                total = load(dst_tag, at) if add else zeros(dst_tag)
+                total = fma(w0, load(src_tag, s0 + column), total)
+                store(dst_tag, at, fma(w1, load(src_tag, s1 + column), total))
+        else:
+            for i in range(columns):
+                at, column = to + get(dst_column, i), get(src_column, i)
+                total = load(dst_tag, at) if add else zeros(dst_tag)
+                for u in range(t, t + n):
+                    weight = load_one(tag, weights + u * size_of(tag))
+                    total = fma(weight, load(src_tag, src + get(src_row, get(taps, u)) + column), total)
+                store(dst_tag, at, total)
+
+
+@kernel
+def zero_cells(tag, block, cells):
+    """Clear a block."""
+    for i in range(cells):
+        store(tag, block + i * LANES * size_of(tag), zeros(tag))
+
+
+@kernel
+def to_block(src_tag, src, cell_step, channel_step, tag, block, cells, channels):
+    """Read a run of cells of up to 16 channels of a map into a block; missing channels become 0."""
+    size = size_of(tag)
+    step = LANES * size
+    tiled = cells >= 8 and cell_step == size_of(src_tag)
+    lanes = channels - channels % 8 if tiled else 0
+    for lane in range(0, lanes, 8):
+        for i in range(0, cells, 8):
+            i = min(i, cells - 8)  # the last tile may overlap the one before
+            from_ = src + lane * channel_step + i * cell_step
+            transpose8(src_tag, from_, channel_step, tag, block + i * step + lane * size, step)
+    for lane in range(lanes, LANES):
+        for i in range(cells):
+            to = block + i * step + lane * size
+            if lane < channels:
+                store_one(tag, to, load_one(src_tag, src + lane * channel_step + i * cell_step))
+            else:
+                store_one(tag, to, tag - tag)
+
+
+@kernel
+def from_block(tag, block, dst_tag, dst, cell_step, channel_step, cells, channels):
+    """Write a block into a run of cells of up to 16 channels of a map."""
+    size = size_of(tag)
+    step = LANES * size
+    if channel_step == size_of(dst_tag) and channels == LANES:
+        for i in range(cells):
+            store(dst_tag, dst + i * cell_step, load(tag, block + i * step))
+        return
+    tiled = cells >= 8 and cell_step == size_of(dst_tag)
+    lanes = channels - channels % 8 if tiled else 0
+    for lane in range(0, lanes, 8):
+        for i in range(0, cells, 8):
+            i = min(i, cells - 8)
+            to = dst + lane * channel_step + i * cell_step
+            transpose8(tag, block + i * step + lane * size, step, dst_tag, to, channel_step)
+    for lane in range(lanes, channels):
+        for i in range(cells):
+            value = load_one(tag, block + i * step + lane * size)
+            store_one(dst_tag, dst + lane * channel_step + i * cell_step, value)

@@ -1,0 +1,26 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from roialign import ops
+
+
+@pytest.fixture(params=["default", "reference"])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on the engine that serves the CPU, and again on the reference."""
+    if request.param == "reference":
+        with ops.use_reference():
+            yield "reference"
+    elif "cpu" in ops.ENGINES:
+        yield "default"
+    else:
+        pytest.skip("the reference is the only engine for the CPU")
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Put the number of threads back."""
+    saved = torch.get_num_threads()
+    yield
+    torch.set_num_threads(saved)
