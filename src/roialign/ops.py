@@ -131,7 +131,8 @@ def _backward(
     *pooling: Any,
 ) -> list[Tensor]:
     grads = _empty_grads(grad, shape, dtypes, channels_last)
-    engine(grad.device.type).backward(grads, grad, rois, levels, *pooling)
+    if grads[0].numel():
+        engine(grad.device.type).backward(grads, grad, rois, levels, *pooling)
     return grads
 
 
