@@ -1,8 +1,8 @@
 """Operator contracts: schemas, shapes, gradients, and which engine does the work.
 
 `roialign::multiscale_roi_align` and its backward are one operator each for all levels. An engine is
-a module with `forward(out, ...)` and `backward(grads, ...)`, as in `reference.py`; results are
-allocated here, once for the real and the fake kernels, and engines fill them. The operator is
+a module with `empty`, `forward(out, ...)` and `backward(grads, ...)`, as in `reference.py`; what to
+allocate is decided here, once for the real and the fake kernels, and engines fill it. The operator is
 linear in the features, so backward saves no feature map and the backward of backward is forward.
 """
 
@@ -70,22 +70,23 @@ def is_channels_last(t: Tensor) -> bool:
     return bool(t.stride(1) == 1 and t.stride(3) != 1)
 
 
-def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format)
-
-
-def _empty_output(features: Sequence[Tensor], rois: Tensor, height: int, width: int) -> Tensor:
+def _empty_output(engine: Any, features: Sequence[Tensor], rois: Tensor, height: int, width: int) -> Tensor:
     first = features[0]
-    return _empty(first, (rois.shape[0], first.shape[1], height, width), first.dtype, is_channels_last(first))
+    shape = (rois.shape[0], first.shape[1], height, width)
+    out: Tensor = engine.empty(shape, first.dtype, first.device, is_channels_last(first))
+    return out
 
 
 def _empty_grads(
-    grad: Tensor, shape: Sequence[int], dtypes: Sequence[int], channels_last: Sequence[bool]
+    engine: Any,
+    grad: Tensor,
+    shape: Sequence[int],
+    dtypes: Sequence[int],
+    channels_last: Sequence[bool],
 ) -> list[Tensor]:
     images, channels, *sizes = shape
     return [
-        _empty(grad, (images, channels, height, width), DTYPES[dtype], last)
+        engine.empty((images, channels, height, width), DTYPES[dtype], grad.device, last)
         for height, width, dtype, last in zip(sizes[::2], sizes[1::2], dtypes, channels_last, strict=True)
     ]
 
@@ -109,16 +110,17 @@ def _forward(
 ) -> Tensor:
     if rois.device.type == "cpu":
         _check_rows(rois, levels, features[0].shape[0], len(features))
-    out = _empty_output(features, rois, height, width)
+    module = engine(rois.device.type)
+    out = _empty_output(module, features, rois, height, width)
     if out.numel():
-        engine(out.device.type).forward(out, features, rois, levels, *pooling)
+        module.forward(out, features, rois, levels, *pooling)
     return out
 
 
 def _forward_fake(
     features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, height: int, width: int, *_pooling: Any
 ) -> Tensor:
-    return _empty_output(features, rois, height, width)
+    return _empty_output(reference, features, rois, height, width)
 
 
 def _backward(
@@ -130,9 +132,10 @@ def _backward(
     channels_last: Sequence[bool],
     *pooling: Any,
 ) -> list[Tensor]:
-    grads = _empty_grads(grad, shape, dtypes, channels_last)
+    module = engine(grad.device.type)
+    grads = _empty_grads(module, grad, shape, dtypes, channels_last)
     if grads[0].numel():
-        engine(grad.device.type).backward(grads, grad, rois, levels, *pooling)
+        module.backward(grads, grad, rois, levels, *pooling)
     return grads
 
 
@@ -145,7 +148,7 @@ def _backward_fake(
     channels_last: Sequence[bool],
     *_pooling: Any,
 ) -> list[Tensor]:
-    return _empty_grads(grad, shape, dtypes, channels_last)
+    return _empty_grads(reference, grad, shape, dtypes, channels_last)
 
 
 def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -42,6 +42,12 @@ class Geometry(NamedTuple):
     aligned: bool
 
 
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, channels_last: bool) -> Tensor:
+    """A tensor `(N, C, H, W)` to be filled. Every engine may have its own way to get memory."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
+
+
 def forward(
     out: Tensor,
     features: Sequence[Tensor],

@@ -17,7 +17,7 @@ from . import direct as direct_kernel
 from . import forward as forward_kernel
 from . import tables, threads
 from .jit import cache_folder as cache_folder
-from .memory import prefer_huge_pages
+from .memory import empty as empty
 from .simd import LANES, TAGS
 from .sums import AxisAt, Scratch
 
@@ -57,7 +57,6 @@ def forward(
     canonical_level: float,
 ) -> None:
     """Pool every RoI from its map; see `reference.forward`."""
-    prefer_huge_pages(out)
     maps = _describe_maps(features)
     rule = _rule(rois, levels, scales, canonical_scale, canonical_level)
     roi = rois.numpy()
@@ -134,8 +133,6 @@ def backward(
     canonical_level: float,
 ) -> None:
     """The adjoint of `forward` in the features; see `reference.backward`."""
-    for g in grads:
-        prefer_huge_pages(g)
     if not (grad.is_contiguous() or grad.is_contiguous(memory_format=torch.channels_last)):
         grad = grad.contiguous()  # an expanded gradient, as that of a sum
     images, channels = grads[0].shape[:2]

@@ -1,14 +1,79 @@
-"""First touch of a large fresh result costs more than the arithmetic; huge pages make it cheap."""
+"""Memory for results: first touch of a large fresh one costs more than the arithmetic.
 
+PyTorch returns large CPU blocks to the system when a tensor dies and asks for fresh ones, page by
+page, for the next. Results of more than 4 MB are therefore laid in blocks of our own, which come
+back here when their tensor dies, and serve again: a training step or a serving loop then touches
+memory that is there. At most 128 MB lie idle.
+"""
+
+import contextlib
 import ctypes
 import sys
-from collections.abc import Callable
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+_SMALL = 4 * 2**20
+_MOST_IDLE = 128 * 2**20
+_HUGE_PAGE = 2 * 2**20
 _MADV_HUGEPAGE = 14
-_PAGE = 4096
-_WORTH_IT = 4 * 2**20  # bytes; a huge page has 2 MB
+
+_ARRAY_TYPE = {
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+    torch.float16: np.float16,
+    torch.bfloat16: np.int16,  # of the same size; NumPy has none
+}
+
+Block = NDArray[np.uint8]
+_idle: deque[Block] = deque()
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, channels_last: bool) -> Tensor:
+    """A tensor to be filled; see `reference.empty`."""
+    images, channels, height, width = shape
+    size = images * channels * height * width * dtype.itemsize
+    if size < _SMALL:
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        return torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
+    block = _take(size)
+    array: NDArray[np.generic]
+    if channels_last:
+        array = np.ndarray((images, height, width, channels), _ARRAY_TYPE[dtype], block).transpose(0, 3, 1, 2)
+    else:
+        array = np.ndarray((images, channels, height, width), _ARRAY_TYPE[dtype], block)
+    weakref.finalize(array, _give_back, block).atexit = False
+    tensor = torch.from_numpy(array)  # keeps the array until the last tensor on this memory dies
+    return tensor.view(dtype) if tensor.dtype != dtype else tensor
+
+
+def _take(size: int) -> Block:
+    """An idle block that fits without much waste, else a new one."""
+    with contextlib.suppress(IndexError):  # another thread was faster
+        for _ in range(len(_idle)):
+            block = _idle.popleft()
+            if size <= len(block) <= size + size // 4 + _HUGE_PAGE:
+                return block
+            _idle.append(block)
+    block = np.empty(-(-size // _HUGE_PAGE) * _HUGE_PAGE, np.uint8)
+    _prefer_huge_pages(block)
+    return block
+
+
+def _give_back(block: Block) -> None:
+    """Keep a block whose tensor died, and let go of the oldest if too much lies idle.
+
+    Runs wherever a tensor happens to die, so it takes no lock: the deque's own operations are atomic.
+    """
+    _idle.append(block)
+    with contextlib.suppress(IndexError):  # another thread may be emptying it too
+        while sum(map(len, tuple(_idle))) > _MOST_IDLE:
+            _idle.popleft()
 
 
 def _find_madvise() -> Callable[[int, int, int], int] | None:
@@ -22,9 +87,8 @@ def _find_madvise() -> Callable[[int, int, int], int] | None:
 _madvise = _find_madvise()
 
 
-def prefer_huge_pages(t: Tensor) -> None:
-    """Ask the kernel for huge pages under a tensor that is about to be filled. Only ever advice."""
-    size = t.numel() * t.element_size()
-    if _madvise is not None and size >= _WORTH_IT:
-        start = -(-t.data_ptr() // _PAGE) * _PAGE
-        _madvise(start, (t.data_ptr() + size - start) // _PAGE * _PAGE, _MADV_HUGEPAGE)
+def _prefer_huge_pages(block: Block) -> None:
+    """Ask the kernel for huge pages under a new block. Only ever advice."""
+    if _madvise is not None:
+        start = -(-block.ctypes.data // 4096) * 4096
+        _madvise(start, (block.ctypes.data + len(block) - start) // 4096 * 4096, _MADV_HUGEPAGE)
