@@ -127,14 +127,14 @@ def _sum_columns(grad_tag, grad, k, c0, lanes, tag, scratch, xs, x0, x1):
     if straight:
         combine(
             grad_tag, at, scratch.src_row, scratch.src_column,
-            tag, tag, scratch.sums, scratch.dst_row, scratch.dst_column, height,
+            tag, scratch.sums, scratch.dst_row, scratch.dst_column, height,
             start, taps, weights, x0, x1, REPLACE,
         )  # fmt: skip
     else:
         to_block(grad_tag, at, bin_step, channel_step, tag, scratch.results, height * width, lanes)
         combine(
             tag, scratch.results, scratch.src_row, scratch.src_column,
-            tag, tag, scratch.sums, scratch.dst_row, scratch.dst_column, height,
+            tag, scratch.sums, scratch.dst_row, scratch.dst_column, height,
             start, taps, weights, x0, x1, REPLACE,
         )  # fmt: skip
 
@@ -158,7 +158,7 @@ def _add_rows(tag, grad, scratch, ys, xs, k, x0, x1, strip):
         put(scratch.dst_row, i, (row if row < ring else row - ring) * span * entry)
     combine(
         tag, scratch.sums, scratch.src_row, scratch.src_column,
-        tag, tag, scratch.cells, scratch.dst_row, scratch.dst_column, x1 - x0,
+        tag, scratch.cells, scratch.dst_row, scratch.dst_column, x1 - x0,
         ys.start + 8 * (base + k), ys.taps + 8 * base, ys.weights + size_of(tag) * base,
         ZERO, get(ys.touched, k), ADD,
     )  # fmt: skip

@@ -2,12 +2,19 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from numba import njit
 
 _log = logging.getLogger("roialign")
 _folder: str | None = None
+
+# Numba compiles anew when a kernel's own file changes; but a kernel contains those that it calls.
+_STAMP = tuple(
+    (file.name, file.stat().st_mtime_ns, file.stat().st_size)
+    for file in sorted(Path(__file__).parent.glob("*.py"))
+)
 _said = False
 
 
@@ -25,6 +32,7 @@ def kernel(function: Callable[..., Any]) -> Any:
         _say(error)
         return njit(nogil=True)(function)
     cache = compiled._cache
+    cache._cache_file._source_stamp = _STAMP
     _folder = cache.cache_path
     save = cache.save_overload
 

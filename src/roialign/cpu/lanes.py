@@ -15,55 +15,58 @@ REPLACE, ADD = np.bool_(False), np.bool_(True)
 
 @kernel
 def combine(
-    src_tag, src, src_row, src_column, tag, dst_tag, dst, dst_row, dst_column, columns,
+    src_tag, src, src_row, src_column, tag, dst, dst_row, dst_column, columns,
     start, taps, weights, lo, hi, add,
 ):  # fmt: skip
     """dst[d, i] = sum of weights[t] * src[taps[t], i] over the taps t of row d, for d in lo:hi, i < columns.
 
     The one inner loop of the engine; with `add`, dst[d, i] is added to. An entry is 16 channels.
     `src_row`, `src_column`, `dst_row` and `dst_column` hold the offsets of rows and columns: what
-    lies where is the caller's business. Most bins have up to four taps; with their weights and
-    rows in registers, a column is a few fused multiply-adds and a store.
+    lies where is the caller's business. Up to four taps are taken at once: with their weights and
+    rows in registers, a column is four fused multiply-adds and a store.
     """
     for d in range(lo, hi):
-        t = get(start, d)
-        n = get(start, d + 1) - t
+        t, stop = get(start, d), get(start, d + 1)
         to = dst + get(dst_row, d)
-        if 1 <= n <= 4:  # those that are not there repeat the last
-            t1, t2, t3 = t + min(n - 1, 1), t + min(n - 1, 2), t + n - 1
+        more = add
+        if t == stop and not add:
+            for i in range(columns):
+                store(tag, to + get(dst_column, i), zeros(tag))
+        while t < stop:
+            n = min(stop - t, 4)
+            t1, t2, t3 = t + min(n - 1, 1), t + min(n - 1, 2), t + n - 1  # repeat the last
             w0, s0 = load_one(tag, weights + t * size_of(tag)), src + get(src_row, get(taps, t))
             w1, s1 = load_one(tag, weights + t1 * size_of(tag)), src + get(src_row, get(taps, t1))
             w2, s2 = load_one(tag, weights + t2 * size_of(tag)), src + get(src_row, get(taps, t2))
             w3, s3 = load_one(tag, weights + t3 * size_of(tag)), src + get(src_row, get(taps, t3))
-        if n == 4:
-            for i in range(columns):
-                at, column = to + get(dst_column, i), get(src_column, i)
-                total = load(dst_tag, at) if add else zeros(dst_tag)
-                total = fma(w0, load(src_tag, s0 + column), total)
-                total = fma(w1, load(src_tag, s1 + column), total)
-                total = fma(w2, load(src_tag, s2 + column), total)
-                store(dst_tag, at, fma(w3, load(src_tag, s3 + column), total))
-        elif n == 3:
-            for i in range(columns):
-                at, column = to + get(dst_column, i), get(src_column, i)
-                total = load(dst_tag, at) if add else zeros(dst_tag)
-                total = fma(w0, load(src_tag, s0 + column), total)
-                total = fma(w1, load(src_tag, s1 + column), total)
-                store(dst_tag, at, fma(w2, load(src_tag, s2 + column), total))
-        elif n == 2:
-            for i in range(columns):
-                at, column = to + get(dst_column, i), get(src_column, i)
-                total = load(dst_tag, at) if add else zeros(dst_tag)
-                total = fma(w0, load(src_tag, s0 + column), total)
-                store(dst_tag, at, fma(w1, load(src_tag, s1 + column), total))
-        else:
-            for i in range(columns):
-                at, column = to + get(dst_column, i), get(src_column, i)
-                total = load(dst_tag, at) if add else zeros(dst_tag)
-                for u in range(t, t + n):
-                    weight = load_one(tag, weights + u * size_of(tag))
-                    total = fma(weight, load(src_tag, src + get(src_row, get(taps, u)) + column), total)
-                store(dst_tag, at, total)
+            if n == 4:
+                for i in range(columns):
+                    at, column = to + get(dst_column, i), get(src_column, i)
+                    total = load(tag, at) if more else zeros(tag)
+                    total = fma(w0, load(src_tag, s0 + column), total)
+                    total = fma(w1, load(src_tag, s1 + column), total)
+                    total = fma(w2, load(src_tag, s2 + column), total)
+                    store(tag, at, fma(w3, load(src_tag, s3 + column), total))
+            elif n == 3:
+                for i in range(columns):
+                    at, column = to + get(dst_column, i), get(src_column, i)
+                    total = load(tag, at) if more else zeros(tag)
+                    total = fma(w0, load(src_tag, s0 + column), total)
+                    total = fma(w1, load(src_tag, s1 + column), total)
+                    store(tag, at, fma(w2, load(src_tag, s2 + column), total))
+            elif n == 2:
+                for i in range(columns):
+                    at, column = to + get(dst_column, i), get(src_column, i)
+                    total = load(tag, at) if more else zeros(tag)
+                    total = fma(w0, load(src_tag, s0 + column), total)
+                    store(tag, at, fma(w1, load(src_tag, s1 + column), total))
+            else:
+                for i in range(columns):
+                    at, column = to + get(dst_column, i), get(src_column, i)
+                    total = load(tag, at) if more else zeros(tag)
+                    store(tag, at, fma(w0, load(src_tag, s0 + column), total))
+            t += n
+            more = ADD
 
 
 @kernel

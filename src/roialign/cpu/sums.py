@@ -65,19 +65,23 @@ def sum_rows(src_tag, src, tag, scratch, first, n, units, ys, k, bins, p0, p1):
     base = get(ys.base, k)
     combine(
         src_tag, src, scratch.src_row, scratch.src_column,
-        tag, tag, scratch.sums, scratch.dst_row, scratch.dst_column, n,
+        tag, scratch.sums, scratch.dst_row, scratch.dst_column, n,
         ys.start + 8 * k * (bins + 1), ys.taps + 8 * base, ys.weights + size_of(tag) * base, p0, p1, REPLACE,
     )  # fmt: skip
 
 
 @kernel
 def sum_columns(tag, out_tag, out, scratch, xs, k, c0, last, lanes, subs, p0, p1):
-    """From row sums to bins: straight into the result if its channels lie innermost, else by a block."""
+    """From row sums to bins: straight into a result whose channels lie innermost, else by a block.
+
+    A result of half type goes by a block, to be rounded once; and so do blocks that overlap, since
+    sums over many taps are added to.
+    """
     entry = LANES * size_of(tag)
     bins, bin_step, channel_step = get(out, PW), get(out, OUT_BIN_STEP), get(out, OUT_CHANNEL_STEP)
     at = get(out, OUT_AT) + k * get(out, OUT_ROI_STEP) + p0 * bins * bin_step
     columns = get(xs.touched, k)
-    straight = channel_step == size_of(out_tag) and lanes == LANES
+    straight = channel_step == size_of(tag) == size_of(out_tag) and lanes == LANES and last % LANES == 0
     for u in range(columns):
         put(scratch.src_row, u, u * subs * entry)
     for q in range(bins):
@@ -96,13 +100,13 @@ def sum_columns(tag, out_tag, out, scratch, xs, k, c0, last, lanes, subs, p0, p1
     if straight:
         combine(
             tag, scratch.sums, scratch.src_row, scratch.src_column,
-            tag, out_tag, at, scratch.dst_row, scratch.dst_column, n,
+            tag, at, scratch.dst_row, scratch.dst_column, n,
             start, taps, weights, ZERO, bins, REPLACE,
         )  # fmt: skip
         return
     combine(
         tag, scratch.sums, scratch.src_row, scratch.src_column,
-        tag, tag, scratch.results, scratch.dst_row, scratch.dst_column, n,
+        tag, scratch.results, scratch.dst_row, scratch.dst_column, n,
         start, taps, weights, ZERO, bins, REPLACE,
     )  # fmt: skip
     size = (p1 - p0) * bins
