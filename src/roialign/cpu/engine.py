@@ -59,7 +59,7 @@ def forward(
     """Pool every RoI from its map; see `reference.forward`."""
     maps = _describe_maps(features)
     rule = _rule(rois, levels, scales, canonical_scale, canonical_level)
-    roi = rois.numpy()
+    roi = rois.contiguous().numpy()
     taps = 2 * sampling_ratio if sampling_ratio > 0 else _ADAPTIVE_TAPS
     slab = max(1, _SLAB_TAPS // (taps * (out.shape[2] + out.shape[3])))
     for lo in range(0, len(roi), slab):
@@ -98,7 +98,8 @@ def _forward_slab(
             blocks = math.ceil(channels / LANES)
             most = max(64, len(roi) * blocks // (_TASKS_PER_THREAD * torch.get_num_threads()))
             groups = np.empty((len(order), 6), np.int64)
-            groups = groups[: forward_kernel.group(order, t.map_of, t.ys, t.xs, most, groups)]
+            n = forward_kernel.group(_address(order), len(order), map_of, ys, xs, most, _address(groups))
+            groups = groups[:n]
             entries = forward_kernel.entries(groups, t.xs, pooled)
             job += (
                 _address(pooled),
@@ -139,7 +140,7 @@ def backward(
     blocks = math.ceil(channels / LANES)
     maps = _describe_maps(grads)
     pooled = _describe_pooled(grad)
-    roi = rois.numpy()
+    roi = rois.contiguous().numpy()
     rule = _rule(rois, levels, scales, canonical_scale, canonical_level)
     t = _tables(roi, rule, maps, images, pooled, sampling_ratio, aligned)
     ys, xs = _turned(t.ys, pooled[-2]), _turned(t.xs, pooled[-1])
@@ -197,23 +198,49 @@ def _tables(
     sampling_ratio: int,
     aligned: bool,
 ) -> Tables:
-    map_of = np.empty(len(roi), np.int64)
-    tables.assign(roi, rule.levels, maps, rule.scales, images, rule.climb, rule.canonical_scale, map_of)
+    n = len(roi)
+    tag = roi.dtype.type(0)
+    map_of = np.empty(n, np.int64)
+    geometry = (tag, _address(roi), n, _address(maps), len(maps), _address(rule.scales), _address(map_of))
+    poolable = tables.assign(
+        tag, _address(roi), n, _address(rule.levels), len(maps), _address(maps), _address(rule.scales),
+        images, _address(rule.climb), len(rule.climb), rule.canonical_scale, _address(map_of),
+    )  # fmt: skip
 
     def axis(column: Any, bins: Any, extent_column: Any) -> tables.Axis:
-        geometry = (roi, maps, rule.scales, map_of, column, bins, extent_column, sampling_ratio, aligned)
-        base = np.arange(len(roi) + 1) * (2 * sampling_ratio * bins)
+        base = np.arange(n + 1) * (2 * sampling_ratio * bins)
         if sampling_ratio <= 0:
-            tables.count(*geometry, base)
-        result = _empty_axis(base, len(roi) * (bins + 1), roi.dtype)
-        tables.fill(*geometry, np.full(maps[:, extent_column].max(), -1), result)
+            tables.count(*geometry, column, bins, extent_column, aligned, _address(base))
+        result = _empty_axis(base, n * (bins + 1), roi.dtype)
+        place = np.full(maps[:, extent_column].max(), -1)
+        tables.fill(
+            *geometry,
+            column,
+            bins,
+            extent_column,
+            sampling_ratio,
+            aligned,
+            _address(place),
+            _addresses(result),
+        )
         return result
 
     ys = axis(tables.Y1, pooled[-2], tables.HEIGHT)
     xs = axis(tables.X1, pooled[-1], tables.WIDTH)
-    order = np.empty(len(roi), np.int64)
-    cursor = np.zeros(images * maps[:, tables.HEIGHT].sum() + 1, np.int64)
-    return Tables(map_of, order[: tables.sort(map_of, maps, ys, cursor, order)], ys, xs)
+    order = np.empty(poolable, np.int64)
+    rows = images * maps[:, tables.HEIGHT].sum()
+    cursor = np.zeros(rows + 1, np.int64)
+    tables.sort(
+        _address(map_of),
+        n,
+        _address(maps),
+        len(maps),
+        _addresses(ys),
+        _address(cursor),
+        rows,
+        _address(order),
+    )
+    return Tables(map_of, order, ys, xs)
 
 
 def _empty_axis(base: NDArray[np.int64], starts: int, dtype: Any) -> tables.Axis:
@@ -230,7 +257,8 @@ def _turned(axis: tables.Axis, bins: Any) -> tables.Axis:
         taps=np.empty(n, np.int64),
         weights=np.empty(n, axis.weights.dtype),
     )
-    tables.turn_around(axis, bins, turned)
+    tag = axis.weights.dtype.type(0)
+    tables.turn_around(tag, len(axis.touched), bins, _addresses(axis), _addresses(turned))
     return turned
 
 
@@ -268,7 +296,9 @@ def _rule(
     number: Any = np.float32 if rois.dtype == torch.float32 else np.float64
     map_scales = np.array(scales, number)
     if levels is not None:
-        return Rule(levels.numpy(), np.empty((0, 2), number), number(canonical_scale), map_scales)
+        return Rule(
+            levels.contiguous().numpy(), np.empty((0, 2), number), number(canonical_scale), map_scales
+        )
     climb = _climb(tuple(scales), canonical_level, rois.dtype)
     return Rule(np.empty(0, np.int64), climb, number(canonical_scale), map_scales)
 

@@ -22,30 +22,30 @@ TILE = np.int64(8)  # columns that are transposed at once
 
 
 @kernel
-def group(order, map_of, ys, xs, most, groups):
+def group(order, rois, map_of, ys, xs, most, groups):
     """Cut the ordered RoIs into groups, of at most `most`, that read one map alike; returns how many.
 
     A group packs the rows that it needs, all of its columns, if that is less work than for each RoI
     to pack the cells that it touches. RoIs come in the order of their first row, so a ring of as
     many rows as the tallest RoI has is enough.
     """
-    n = 0
-    start = ZERO
-    while start < len(order):
-        home = map_of[order[start]]
+    n = start = ZERO
+    while start < rois:
+        home = get(map_of, get(order, start))
         left, right, top, bottom = ONE << 40, -ONE, ONE << 40, -ONE
         ring = touched = cells = ZERO
         stop = start
-        while stop < len(order) and map_of[order[stop]] == home and stop - start < most:
-            k = order[stop]
-            rows, columns = ys.touched[k], xs.touched[k]
+        while stop < rois and get(map_of, get(order, stop)) == home and stop - start < most:
+            k = get(order, stop)
+            rows, columns = get(ys.touched, k), get(xs.touched, k)
             if rows and columns:
-                first, last = ys.cells[ys.base[k]], ys.cells[ys.base[k] + rows - 1]
-                top, bottom = min(top, first), max(bottom, last)
-                ring = max(ring, last - first + 1)
-                left = min(left, xs.cells[xs.base[k]])
-                right = max(right, xs.cells[xs.base[k] + columns - 1])
-                columns = max(TILE, xs.cells[xs.base[k] + columns - 1] - xs.cells[xs.base[k]] + 1)
+                at = ys.cells + 8 * get(ys.base, k)
+                first, last = get(at, 0), get(at, rows - 1)
+                top, bottom, ring = min(top, first), max(bottom, last), max(ring, last - first + 1)
+                at = xs.cells + 8 * get(xs.base, k)
+                first, last = get(at, 0), get(at, columns - 1)
+                left, right = min(left, first), max(right, last)
+                columns = max(TILE, last - first + 1)
                 touched += rows * columns
                 cells = max(cells, rows * min(columns, _columns_at_once(rows)))
             stop += 1
@@ -54,8 +54,13 @@ def group(order, map_of, ys, xs, most, groups):
             stop, ring = min(stop, start + FEW), ZERO
         else:
             cells = ring * span
-        groups[n, START], groups[n, STOP], groups[n, LEFT] = start, stop, left
-        groups[n, SPAN], groups[n, RING], groups[n, CELLS] = span, ring, cells
+        group = groups + 8 * n * GROUP_COLUMNS
+        put(group, START, start)
+        put(group, STOP, stop)
+        put(group, LEFT, left)
+        put(group, SPAN, span)
+        put(group, RING, ring)
+        put(group, CELLS, cells)
         n += 1
         start = stop
     return n

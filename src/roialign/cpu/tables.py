@@ -4,6 +4,8 @@ The tables are computed once per call and used for every channel. Along one axis
 list the `cells` of the map that sampling points touch, in ascending order, and for each bin the
 taps: places in that list, and weights. Taps of one bin on one cell are added up. For backward
 the tables are turned around: for each cell, bins and weights.
+
+Arrays are named by address, as in `simd.py`; `tag` is a number of the working precision.
 """
 
 from typing import NamedTuple
@@ -12,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .jit import kernel
+from .simd import get, load_one, put, size_of, store_one
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.floating]
@@ -40,205 +43,207 @@ class Axis(NamedTuple):
 
 
 @kernel
-def assign(rois, levels, maps, scales, images, climb, canonical_scale, map_of):
-    """The map `image * L + level` of each RoI, or -1 if it cannot be pooled.
+def assign(tag, rois, n, levels, n_levels, maps, scales, images, climb, n_climb, canonical_scale, map_of):
+    """The map `image * L + level` of each RoI, or -1 if it cannot be pooled; returns how many can.
 
     `climb` holds the finest map and then, from fine to coarse, rows `(ratio, delta)`: a box whose
-    `size / canonical_scale` reaches `ratio` moves on by `delta`. Empty where `levels` are given.
+    `size / canonical_scale` reaches `ratio` moves on by `delta`. Where there is none, `levels` are given.
     """
-    number = rois.dtype.type
-    for k in range(len(rois)):
-        image, x1, y1, x2, y2 = rois[k, 0], rois[k, 1], rois[k, 2], rois[k, 3], rois[k, 4]
-        if len(climb):
+    number = type(tag)
+    size = size_of(tag)
+    poolable = 0
+    for k in range(n):
+        roi = rois + 5 * size * k
+        image, x1, y1 = load_one(tag, roi), load_one(tag, roi + size), load_one(tag, roi + 2 * size)
+        x2, y2 = load_one(tag, roi + 3 * size), load_one(tag, roi + 4 * size)
+        level = ZERO
+        if n_climb:
             ratio = np.sqrt((x2 - x1) * (y2 - y1)) / canonical_scale
-            level = int(climb[0, 1])
-            for step in range(1, len(climb)):
-                if ratio >= climb[step, 0]:
-                    level += int(climb[step, 1])
+            for step in range(n_climb):
+                if step == 0 or ratio >= load_one(tag, climb + 2 * size * step):
+                    level += np.int64(load_one(tag, climb + 2 * size * step + size))
         else:
-            level = levels[k]
-        map_of[k] = -1
-        if 0 <= level < len(maps) and image > number(-1) and image < number(images):
-            scale = scales[level]
+            level = get(levels, k)
+        home = -ONE
+        if 0 <= level < n_levels and image > number(-1) and image < number(images):
+            scale = load_one(tag, scales + size * level)
             x1, y1, x2, y2 = x1 * scale, y1 * scale, x2 * scale, y2 * scale
             if np.isfinite(x1) and np.isfinite(y1) and np.isfinite(x2 - x1) and np.isfinite(y2 - y1):
-                map_of[k] = np.int64(image) * len(maps) + level
+                home = np.int64(image) * n_levels + level
+                poolable += 1
+        put(map_of, k, home)
+    return poolable
 
 
 @kernel
-def _span(low, high, scale, aligned):
+def _span(tag, rois, k, column, scale, aligned):
     """Start and size of a RoI along one axis, in cells of the map."""
-    number = type(low)
+    number = type(tag)
+    at = rois + (5 * k + column) * size_of(tag)
     offset = number(0.5) if aligned else number(0)
-    start = low * scale - offset
-    size = high * scale - offset - start
+    start = load_one(tag, at) * scale - offset
+    size = load_one(tag, at + 2 * size_of(tag)) * scale - offset - start
     return start, size if aligned else max(size, number(1))
 
 
 @kernel
-def _visits(bin_start, bin_size, extent, sampling_ratio):
+def _visits(tag, bin_start, bin_size, extent, sampling_ratio):
     """Grid, first point to visit and number of points to visit of one bin; see the reference."""
-    number = type(bin_size)
+    number = type(tag)
     if sampling_ratio > 0:
         return number(sampling_ratio), number(0), sampling_ratio
     grid = np.ceil(bin_size)
     if not grid > number(0):
-        return number(0), number(0), 0
+        return number(0), number(0), ZERO
     step = bin_size / grid
-    half = number(0.5)
-    one = number(1)
-    first = np.floor((-one - bin_start) / step - half) - one
+    first = np.floor((number(-1) - bin_start) / step - number(0.5)) - number(1)
     first = min(max(first, number(0)), grid)
-    last = np.ceil((number(extent) - bin_start) / step - half) + one
-    last = min(last, grid - one)
-    return grid, first, int(max(last - first + one, number(0)))
+    last = np.ceil((number(extent) - bin_start) / step - number(0.5)) + number(1)
+    last = min(last, grid - number(1))
+    return grid, first, np.int64(max(last - first + number(1), number(0)))
 
 
 @kernel
-def count(rois, maps, scales, map_of, column, bins, extent_column, sampling_ratio, aligned, base):
-    """Fill `base`: room for two taps for each sampling point visited along one axis."""
-    number = rois.dtype.type
-    total = 0
-    for k in range(len(rois)):
-        base[k] = total
-        if map_of[k] < 0:
-            continue
-        if sampling_ratio > 0:
-            total += 2 * sampling_ratio * bins
-            continue
-        level = map_of[k] % len(maps)
-        start, size = _span(rois[k, column], rois[k, column + 2], scales[level], aligned)
+def count(tag, rois, n, maps, n_levels, scales, map_of, column, bins, extent_column, aligned, base):
+    """Fill `base` for an adaptive grid: room for two taps for each point visited along one axis."""
+    number = type(tag)
+    total = ZERO
+    for k in range(n):
+        put(base, k, total)
+        level = get(map_of, k) % n_levels
+        extent = get(maps, level * MAP_COLUMNS + extent_column)
+        start, size = _span(tag, rois, k, column, load_one(tag, scales + level * size_of(tag)), aligned)
         bin_size = size / number(bins)
-        for b in range(bins):
-            bin_start = start + number(b) * bin_size
-            total += 2 * _visits(bin_start, bin_size, maps[level, extent_column], sampling_ratio)[2]
-    base[len(rois)] = total
+        for b in range(bins if get(map_of, k) >= 0 else ZERO):
+            total += 2 * _visits(tag, start + number(b) * bin_size, bin_size, extent, ZERO)[2]
+    put(base, n, total)
 
 
 @kernel
-def fill(rois, maps, scales, map_of, column, bins, extent_column, sampling_ratio, aligned, place, axis):
+def fill(
+    tag, rois, n, maps, n_levels, scales, map_of, column, bins, extent_column, sampling_ratio, aligned,
+    place, axis,
+):  # fmt: skip
     """Fill the tables of one axis. `place` is scratch, one entry per cell, all -1."""
-    for k in range(len(rois)):
-        if map_of[k] < 0:
-            axis.touched[k] = 0
-            continue
-        level = map_of[k] % len(maps)
-        extent = maps[level, extent_column]
-        start, size = _span(rois[k, column], rois[k, column + 2], scales[level], aligned)
-        _fill_bins(start, size, bins, extent, sampling_ratio, axis, axis.base[k], k * (bins + 1))
-        n = axis.start[k * (bins + 1) + bins]
-        axis.touched[k] = _list_cells(axis, axis.base[k], n, place)
+    for k in range(n):
+        if get(map_of, k) >= 0:
+            level = get(map_of, k) % n_levels
+            extent = get(maps, level * MAP_COLUMNS + extent_column)
+            start, size = _span(tag, rois, k, column, load_one(tag, scales + level * size_of(tag)), aligned)
+            starts, base = axis.start + 8 * k * (bins + 1), get(axis.base, k)
+            taps, weights = axis.taps + 8 * base, axis.weights + size_of(tag) * base
+            _fill_bins(tag, start, size, bins, extent, sampling_ratio, starts, taps, weights)
+            put(axis.touched, k, _list_cells(taps, get(starts, bins), axis.cells + 8 * base, place))
 
 
 @kernel
-def _fill_bins(start, size, bins, extent, sampling_ratio, axis, base, first_bin):
-    number = type(start)
+def _fill_bins(tag, start, size, bins, extent, sampling_ratio, starts, taps, weights):
+    """The taps of each bin; two on one cell, which are neighbours in the list, are added up."""
+    number = type(tag)
     bin_size = size / number(bins)
-    n = 0
+    n = ZERO
     for b in range(bins):
-        axis.start[first_bin + b] = n
+        put(starts, b, n)
         bin_start = start + number(b) * bin_size
-        grid, first, visits = _visits(bin_start, bin_size, extent, sampling_ratio)
+        grid, first, visits = _visits(tag, bin_start, bin_size, extent, sampling_ratio)
         opened = n
-        for i in range(visits):
-            point = bin_start + (first + number(i) + number(0.5)) * bin_size / grid
+        for i in range(2 * visits):
+            point = bin_start + (first + number(i // 2) + number(0.5)) * bin_size / grid
             if point >= number(-1) and point <= number(extent):
                 point = min(max(point, number(0)), number(extent - 1))
-                low = int(point)
+                low = np.int64(point)
                 share = point - number(low)
-                n = _add_tap(axis, base, opened, n, low, (number(1) - share) / grid)
-                n = _add_tap(axis, base, opened, n, min(low + 1, extent - 1), share / grid)
-    axis.start[first_bin + bins] = n
+                cell = low if i % 2 == 0 else min(low + 1, extent - 1)
+                weight = (share if i % 2 else number(1) - share) / grid
+                t = n
+                for back in range(max(n - 2, opened), n):
+                    if get(taps, back) == cell:
+                        t = back
+                at = weights + t * size_of(tag)
+                put(taps, t, cell)
+                store_one(tag, at, weight if t == n else load_one(tag, at) + weight)
+                n = max(n, t + 1)
+    put(starts, bins, n)
 
 
 @kernel
-def _add_tap(axis, base, opened, n, cell, weight):
-    """Add to one of the bin's last two taps if it is of this cell; else a tap more."""
-    for t in range(n - 1, max(n - 3, opened - 1), -1):
-        if axis.taps[base + t] == cell:
-            axis.weights[base + t] += weight
-            return n
-    axis.taps[base + n] = cell
-    axis.weights[base + n] = weight
-    return n + 1
-
-
-@kernel
-def _list_cells(axis, base, n, place):
+def _list_cells(taps, n, cells, place):
     """List the cells that `n` taps touch, in ascending order, and let the taps name places in the list."""
-    if n == 0:
-        return 0
-    lowest = highest = axis.taps[base]
+    lowest, highest = ONE << 40, -ONE
     for t in range(n):
-        cell = axis.taps[base + t]
-        place[cell] = 0
-        lowest = min(lowest, cell)
-        highest = max(highest, cell)
-    touched = 0
+        cell = get(taps, t)
+        put(place, cell, ZERO)
+        lowest, highest = min(lowest, cell), max(highest, cell)
+    touched = ZERO
     for cell in range(lowest, highest + 1):
-        if place[cell] == 0:
-            place[cell] = touched
-            axis.cells[base + touched] = cell
+        if get(place, cell) == 0:
+            put(place, cell, touched)
+            put(cells, touched, cell)
             touched += 1
     for t in range(n):
-        axis.taps[base + t] = place[axis.taps[base + t]]
+        put(taps, t, get(place, get(taps, t)))
     for c in range(touched):
-        place[axis.cells[base + c]] = -1
+        put(place, get(cells, c), -ONE)
     return touched
 
 
 @kernel
-def sort(map_of, maps, ys, cursor, order):
+def sort(map_of, n, maps, n_levels, ys, cursor, rows_in_all, order):
     """Order the RoIs that can be pooled map by map, and on a map by the first row they touch.
 
-    `cursor` is scratch: a zero for each row of each map of each image, and one more. Returns how
-    many RoIs can be pooled.
+    `cursor` is scratch: a zero for each row of each map of each image, and one more.
     """
     rows = ZERO
-    for level in range(len(maps)):
-        rows += maps[level, HEIGHT]
-    for place in range(2):  # count the RoIs of each row, then place them
-        for k in range(len(map_of)):
-            if map_of[k] >= 0:
-                row = map_of[k] // len(maps) * rows
-                for level in range(map_of[k] % len(maps)):
-                    row += maps[level, HEIGHT]
-                if ys.touched[k]:
-                    row += ys.cells[ys.base[k]]
-                if place:
-                    order[cursor[row]] = k
-                    cursor[row] += 1
+    for level in range(n_levels):
+        rows += get(maps, level * MAP_COLUMNS + HEIGHT)
+    for placing in range(2):  # count the RoIs of each row, then place them
+        for k in range(n):
+            home = get(map_of, k)
+            if home >= 0:
+                row = home // n_levels * rows
+                for level in range(home % n_levels):
+                    row += get(maps, level * MAP_COLUMNS + HEIGHT)
+                if get(ys.touched, k):
+                    row += get(ys.cells, get(ys.base, k))
+                if placing:
+                    put(order, get(cursor, row), k)
+                    put(cursor, row, get(cursor, row) + 1)
                 else:
-                    cursor[row + 1] += 1
-        if place == 0:
-            for row in range(len(cursor) - 1):
-                cursor[row + 1] += cursor[row]
-    return cursor[-1]
+                    put(cursor, row + 1, get(cursor, row + 1) + 1)
+        if not placing:
+            for row in range(rows_in_all):
+                put(cursor, row + 1, get(cursor, row + 1) + get(cursor, row))
 
 
 @kernel
-def turn_around(axis, bins, turned):
+def turn_around(tag, n, bins, axis, turned):
     """From taps of bins on cells to taps of cells on bins, bins in ascending order.
 
     The cells of RoI k have their starts in `turned.start`, all zero so far, from `base[k] + k` on.
     """
-    for k in range(len(axis.touched)):
-        base = axis.base[k]
-        first = k * (bins + 1)
-        cells = axis.touched[k]
-        taps = axis.start[first + bins] if cells else ZERO
-        for t in range(taps):
-            turned.start[base + k + axis.taps[base + t] + 1] += 1
+    for k in range(n):
+        base = get(axis.base, k)
+        cells = get(axis.touched, k)
+        starts, taps, weights = (
+            axis.start + 8 * k * (bins + 1),
+            axis.taps + 8 * base,
+            axis.weights + size_of(tag) * base,
+        )
+        new_starts = turned.start + 8 * (base + k)
+        new_taps, new_weights = turned.taps + 8 * base, turned.weights + size_of(tag) * base
+        n_taps = get(starts, bins) if cells else ZERO
+        for t in range(n_taps):
+            put(new_starts, get(taps, t) + 1, get(new_starts, get(taps, t) + 1) + 1)
         for c in range(cells):
-            turned.start[base + k + c + 1] += turned.start[base + k + c]
+            put(new_starts, c + 1, get(new_starts, c + 1) + get(new_starts, c))
         b = bins  # from the last tap to the first, so that the starts end up where they belong
-        for t in range(taps - 1, -1, -1):
-            while axis.start[first + b] > t:
+        for t in range(n_taps - 1, -1, -1):
+            while get(starts, b) > t:
                 b -= 1
-            to = base + k + axis.taps[base + t] + 1
-            turned.start[to] -= 1
-            turned.taps[base + turned.start[to]] = b
-            turned.weights[base + turned.start[to]] = axis.weights[base + t]
+            to = get(new_starts, get(taps, t) + 1) - 1
+            put(new_starts, get(taps, t) + 1, to)
+            put(new_taps, to, b)
+            store_one(tag, new_weights + size_of(tag) * to, load_one(tag, weights + size_of(tag) * t))
         for c in range(cells):
-            turned.start[base + k + c] = turned.start[base + k + c + 1]
-        turned.start[base + k + cells] = taps
+            put(new_starts, c, get(new_starts, c + 1))
+        put(new_starts, cells, n_taps)

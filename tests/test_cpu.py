@@ -1,0 +1,272 @@
+"""What is particular to the CPU engine: threads, forks, memory, its ways through a map, its cache."""
+
+import gc
+import logging
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from roialign import multiscale_roi_align, ops, reference, roi_align
+from roialign.testing import assert_within_budget, random_boxes
+
+numba = pytest.importorskip("numba")
+
+from roialign.cpu import engine, jit, memory, threads  # noqa: E402
+
+
+def grads_of(feature, boxes, *args):
+    leaf = feature.detach().requires_grad_()
+    pooled = roi_align(leaf, boxes, *args)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(pooled.shape, generator=generator).to(pooled.dtype)
+    (grad,) = torch.autograd.grad(pooled, leaf, weight)
+    return pooled.detach(), grad
+
+
+def assert_matches_reference(feature, boxes, *args):
+    ours = grads_of(feature, boxes, *args)
+    with ops.use_reference():
+        same = grads_of(feature, boxes, *args)
+        truth = grads_of(feature.double(), [b.double() for b in boxes], *args)
+    for got, expected, exact in zip(ours, same, truth, strict=True):
+        assert_within_budget(got, reference=expected, truth=exact)
+
+
+LONG = torch.tensor([[-40.0, -40.0, 500.0, 500.0], [3.0, 5.0, 380.0, 20.0], [10.0, 0.0, 30.0, 400.0]])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("sampling_ratio", [-1, 2])
+@pytest.mark.parametrize("output_size", [(1, 1), (3, 40)])
+def test_boxes_as_large_as_a_large_map(layout, sampling_ratio, output_size):
+    """More cells than are packed at once, and more than a ring holds."""
+    feature = torch.rand(1, 17, 380, 380).contiguous(memory_format=layout)
+    assert_matches_reference(feature, [LONG], output_size, 1.0, sampling_ratio)
+
+
+@pytest.mark.parametrize("channels", [1, 7, 8, 15, 16, 17, 40, 64, 72])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_any_number_of_channels(channels, layout):
+    feature = torch.rand(2, channels, 20, 9).contiguous(memory_format=layout)
+    boxes = random_boxes([20, 20], image_size=(80, 36))
+    for sampling_ratio in (2, 0):
+        assert_matches_reference(feature, boxes, (5, 4), 0.25, sampling_ratio)
+
+
+def test_maps_of_several_dtypes_and_layouts_at_once():
+    maps = [
+        torch.rand(2, 24, 32, 40),
+        torch.rand(2, 24, 16, 20).to(torch.bfloat16),
+        torch.rand(2, 24, 8, 10).contiguous(memory_format=torch.channels_last),
+    ]
+    boxes = random_boxes([40, 40], image_size=(128, 160))
+    arguments = (boxes, 7, [1 / 4, 1 / 8, 1 / 16], 2)
+    results = []
+    for context in (threading.Lock(), ops.use_reference()):  # any context manager for ours
+        with context:
+            leaves = [m.clone().requires_grad_() for m in maps]
+            pooled = multiscale_roi_align(leaves, *arguments, canonical_scale=56)
+            results.append([pooled, *torch.autograd.grad(pooled.square().sum(), leaves)])
+    for ours, theirs, like in zip(*results, [maps[0], *maps], strict=True):
+        assert ours.dtype == theirs.dtype == like.dtype
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_many_boxes_go_in_slabs(monkeypatch):
+    feature = torch.rand(1, 16, 12, 12)
+    (boxes,) = random_boxes([500], image_size=(48, 48))
+    boxes[17] = torch.nan
+    whole = roi_align(feature, [boxes], 3, 0.25, 2)
+    monkeypatch.setattr(engine, "_SLAB_TAPS", 1000)
+    torch.testing.assert_close(roi_align(feature, [boxes], 3, 0.25, 2), whole, rtol=0, atol=0, equal_nan=True)
+
+
+def test_levels_given_go_in_slabs_too(monkeypatch):
+    maps = [torch.rand(1, 4, 12, 12), torch.rand(1, 4, 6, 6)]
+    boxes, levels = random_boxes([100], image_size=(48, 48)), torch.arange(100) % 2
+    whole = multiscale_roi_align(maps, boxes, 3, [1 / 4, 1 / 8], 2, levels=levels)
+    monkeypatch.setattr(engine, "_SLAB_TAPS", 500)
+    again = multiscale_roi_align(maps, boxes, 3, [1 / 4, 1 / 8], 2, levels=levels)
+    assert torch.equal(again, whole)
+
+
+@pytest.mark.parametrize("channels", [8, 64])
+def test_the_number_of_threads_is_heeded_and_changes_nothing(channels, threads, monkeypatch):
+    from roialign.cpu import threads as pool
+
+    used = []
+    run = pool.run
+    monkeypatch.setattr(pool, "_WORTH_A_THREAD", 1)
+
+    def spy(kernel, tasks, scratch_bytes, work):
+        def noting(counter, memory):
+            used.append(threading.get_ident())
+            kernel(counter, memory)
+
+        run(noting, tasks, scratch_bytes, work)
+
+    monkeypatch.setattr(pool, "run", spy)
+    feature, boxes = torch.rand(2, channels, 64, 64), random_boxes([200, 200], image_size=(256, 256))
+    results = []
+    for n in (1, 2, 3, 5):
+        torch.set_num_threads(n)
+        used.clear()
+        results.append(grads_of(feature, boxes, 7, 0.25, 2))
+        assert len(used) <= 2 * n  # forward and backward
+        assert (len(set(used)) == 1) == (n == 1)
+    for pooled, grad in results[1:]:
+        assert torch.equal(pooled, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+def test_a_kernel_that_fails_in_a_helper_is_heard_of(monkeypatch, request):
+    from roialign.cpu import threads as pool
+
+    request.getfixturevalue("threads")
+    torch.set_num_threads(2)
+    monkeypatch.setattr(pool, "_WORTH_A_THREAD", 1)
+    caller = threading.get_ident()
+    started = threading.Event()
+
+    def kernel(counter, memory):
+        if threading.get_ident() == caller:
+            assert started.wait(10)
+        else:
+            started.set()
+            raise RuntimeError("in a helper")
+
+    with pytest.raises(RuntimeError, match="in a helper"):
+        pool.run(kernel, tasks=2, scratch_bytes=64, work=100)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_after_fork():
+    program = """
+import os, torch
+from roialign import roi_align
+from roialign.cpu import threads
+threads._WORTH_A_THREAD = 1
+torch.set_num_threads(2)
+feature, boxes = torch.rand(1, 64, 64, 64), [torch.tensor([[1.0, 2, 200, 180]]).repeat(50, 1)]
+before = roi_align(feature, boxes, 7, 0.25, 2)
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(2)
+    after = roi_align(feature, boxes, 7, 0.25, 2)
+    os._exit(0 if torch.equal(before, after) else 1)
+_, status = os.waitpid(child, 0)
+raise SystemExit(os.waitstatus_to_exitcode(status))
+"""
+    done = subprocess.run([sys.executable, "-c", program], timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_large_results_lie_in_memory_that_is_used_again(dtype, channels_last):
+    shape = (70, 1024, 8, 8)
+    memory._idle.clear()
+    first = memory.empty(shape, dtype, torch.device("cpu"), channels_last)
+    assert first.shape == shape
+    assert first.dtype == dtype
+    assert ops.is_channels_last(first) == channels_last
+    address, part = first.data_ptr(), first[3:5]
+    del first
+    gc.collect()
+    assert not memory._idle  # a view still lives
+    del part
+    gc.collect()
+    assert len(memory._idle) == 1
+    assert memory.empty(shape, dtype, torch.device("cpu"), channels_last).data_ptr() == address
+
+
+def test_little_memory_lies_idle():
+    memory._idle.clear()
+    held = [
+        memory.empty((1, 40, 1024, 1024), torch.float32, torch.device("cpu"), False).view(-1)[:1]
+        for _ in range(4)
+    ]
+    assert not memory._idle  # four times 160 MB in use, never touched
+    del held
+    gc.collect()
+    assert sum(map(len, memory._idle)) <= memory._MOST_IDLE
+
+
+def test_a_small_block_does_not_serve_a_large_result_nor_the_reverse():
+    memory._idle.clear()
+    small = memory.empty((1, 2, 1024, 1024), torch.float32, torch.device("cpu"), False)
+    address = small.data_ptr()
+    del small
+    large = memory.empty((1, 20, 1024, 1024), torch.float32, torch.device("cpu"), False)
+    assert large.data_ptr() != address
+    del large
+    gc.collect()
+    again = memory.empty((1, 2, 1024, 1024), torch.float32, torch.device("cpu"), False)
+    assert again.data_ptr() == address
+
+
+def test_kernels_that_cannot_be_kept_are_compiled_all_the_same(monkeypatch, caplog):
+    def no_place(**options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return numba.njit(**options)
+
+    monkeypatch.setattr(jit, "njit", no_place)
+    monkeypatch.setattr(jit, "_said", False)
+    with caplog.at_level(logging.WARNING, "roialign"):
+        kernels = [jit.kernel(lambda x: x + 1), jit.kernel(lambda x: x + 2)]
+    assert [k(1) for k in kernels] == [2, 3]
+    assert [r.message for r in caplog.records] == [
+        "compiled kernels cannot be kept, each process compiles anew: "
+        "cannot cache function: no locator available"
+    ]
+
+
+def test_a_full_disk_costs_time_only(monkeypatch, caplog):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("numba.core.caching.FunctionCache.save_overload", full)
+    monkeypatch.setattr(jit, "_said", False)
+
+    def plus_three(x):
+        return x + 3
+
+    with caplog.at_level(logging.WARNING, "roialign"):
+        assert jit.kernel(plus_three)(1) == 4
+    assert "No space left on device" in caplog.text
+
+
+def test_scratch_is_kept_and_grows():
+    first = threads.scratch(1000)
+    assert first % 64 == 0
+    assert threads.scratch(900) == first
+    threads.scratch(10_000_000)
+    assert threads.scratch(9_000_000) == threads.scratch(10_000_000)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_outputs():
+    """pytorch/vision#8206: torchvision crashes here on a CPU, and gives zeros on a GPU."""
+    feature = torch.rand(1, 256, 50, 50).to(torch.bfloat16)
+    box = torch.tensor([[4.0, 5.0, 180.0, 170.0]])
+    rois = 172_000
+    pooled = roi_align(feature, [box.repeat(rois, 1)], 7, 0.25, 2)
+    assert pooled.numel() > 2**31
+    with ops.use_reference():
+        expected = roi_align(feature, [box], 7, 0.25, 2)
+    for row in (0, 1, rois // 2, 171_196, 171_197, rois - 1):  # 2^31 lies in row 171,196
+        torch.testing.assert_close(pooled[row], expected[0], rtol=2**-7, atol=0)
+    leaf = feature.requires_grad_()
+    (grad,) = torch.autograd.grad(
+        roi_align(leaf, [box.repeat(rois, 1)], 7, 0.25, 2), leaf, torch.ones_like(pooled)
+    )
+    weight = torch.empty_like(feature, dtype=torch.float64)
+    reference.backward([weight], torch.ones_like(pooled[:1]), torch.cat((torch.zeros(1, 1), box), 1),
+                       None, [0.25], 2, False, 224.0, 4.0)  # fmt: skip
+    # Sums of 172,000 equal terms in float32: their roundings need not cancel.
+    torch.testing.assert_close(grad.double(), rois * weight, rtol=2e-2, atol=0)
