@@ -15,7 +15,7 @@ from .jit import kernel
 from .lanes import ADD, REPLACE, combine, from_block, to_block, zero_cells
 from .simd import LANES, fetch_add, get, put, size_of
 from .sums import OUT_AT, OUT_BIN_STEP, OUT_CHANNEL_STEP, OUT_ROI_STEP, PH, PW, ZERO
-from .tables import AT, CHANNEL_STEP, COLUMN_STEP, HEIGHT, IMAGE_STEP, MAP_COLUMNS, ROW_STEP, WIDTH
+from .tables import AT, CHANNEL_STEP, COLUMN_STEP, HEIGHT, IMAGE_STEP, MAP_COLUMNS, ROW_STEP
 
 # The columns of `strips`.
 MAP, START, STOP, LEFT, SPAN, RING = np.arange(6)
@@ -24,29 +24,43 @@ STRIP_COLUMNS = np.int64(6)
 RING_CELLS = 2**15  # most cells of a ring, or row sums: 2 MB of float32
 
 
+def heights(order: Any, touched: Any, base: Any, cells: Any) -> Any:
+    """Rows of the map from the first to the last that each RoI touches, and at least one."""
+    rows = touched[order]
+    first, last = base[order], base[order] + np.maximum(rows, 1) - 1
+    return np.where(rows > 0, cells[last % max(len(cells), 1)] - cells[first % max(len(cells), 1)] + 1, 1)
+
+
 def cut(
-    maps: Any, images: int, map_of: Any, order: Any, ys: Any, grad: Any, most: int
-) -> tuple[Any, tuple[int, int, int]]:
+    widths: list[int], images: int, homes: Any, spans: Any, pooled_height: int, pooled_width: int, most: int
+) -> tuple[list[tuple[int, ...]], tuple[int, int, int]]:
     """Cut every map into strips of at most `most` columns.
 
-    The ring of a strip has as many rows as the tallest RoI on its map. Returns the strips, and the
-    entries of 16 numbers that a thread needs for the ring, for row sums and for a block of bins.
+    Args:
+        widths: of the maps.
+        images: how many there are of each map.
+        homes: the map of each RoI, in their order.
+        spans: rows that each RoI spans.
+        pooled_height: rows of bins.
+        pooled_width: columns of bins.
+        most: columns.
+
+    Returns:
+        Strips: map, first RoI, last, first column, columns, rows of the ring, which has as many as
+        the tallest RoI of the map; and the entries of 16 numbers that a thread needs for the ring,
+        for row sums and for a block of bins.
     """
-    homes = map_of[order]
-    bounds = np.searchsorted(homes, np.arange(images * len(maps) + 1))
-    heights = np.ones(len(order), np.int64)
-    busy = order[ys.touched[order] > 0]
-    heights[ys.touched[order] > 0] += ys.cells[ys.base[busy] + ys.touched[busy] - 1] - ys.cells[ys.base[busy]]
+    bounds = np.searchsorted(homes, np.arange(images * len(widths) + 1)).tolist()
     strips: list[tuple[int, ...]] = []
     rings, sums = [0], [0]
     for home, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        width = maps[home % len(maps), WIDTH]
-        ring = heights[start:stop].max(initial=1)
-        span = min(width, most, max(1, RING_CELLS // max(ring, grad[PH])))
+        width = widths[home % len(widths)]
+        ring = int(spans[start:stop].max(initial=1))
+        span = min(width, most, max(1, RING_CELLS // max(ring, pooled_height)))
         strips += [(home, start, stop, x, min(span, width - x), ring) for x in range(0, width, span)]
         rings.append(ring * span)
-        sums.append(grad[PH] * span)
-    return np.array(strips, np.int64), (max(rings), max(sums), grad[PH] * grad[PW])
+        sums.append(pooled_height * span)
+    return strips, (max(rings), max(sums), pooled_height * pooled_width)
 
 
 @kernel

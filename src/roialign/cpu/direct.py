@@ -1,7 +1,5 @@
 """Forward from maps whose channels lie innermost: read in place, 64 channels at a time."""
 
-from typing import Any
-
 import numpy as np
 
 from .jit import kernel
@@ -53,7 +51,7 @@ def _place_in_map(src_tag, m, scratch, ys, xs, k, c0, last, subs):
             put(scratch.src_column, i * subs + sub, get(cells, i) * get(m, COLUMN_STEP) + channel)
 
 
-def entries(xs: Any, out: Any) -> tuple[int, int, int]:
+def entries(columns: int, pooled_width: int) -> tuple[int, int, int]:
     """Entries of 16 numbers that a thread needs for packed cells (none), row sums and results."""
-    columns = int(xs.touched.max(initial=1))
-    return 0, int(max(SUM_ENTRIES, columns * SUBS)), int(max(SUM_ENTRIES, out[PW] * SUBS))
+    least, subs = int(SUM_ENTRIES), int(SUBS)
+    return 0, max(least, columns * subs), max(least, pooled_width * subs)

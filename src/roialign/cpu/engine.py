@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,30 +20,62 @@ from . import tables, threads
 from .jit import cache_folder as cache_folder
 from .memory import empty as empty
 from .simd import LANES, TAGS
-from .sums import AxisAt, Scratch
+from .sums import Scratch
 
 _TAG = {getattr(torch, name): tag for name, tag in TAGS.items()}
+_WORK = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
 _SLAB_TAPS = 2**21  # taps whose tables are held at once in forward: about 25 MB
 _ADAPTIVE_TAPS = 32  # a guess, per bin
 _TASKS_PER_THREAD = 4
 
 
 class Rule(NamedTuple):
-    """Which map serves which RoI: `levels`, or else equation 1 as thresholds; and at which scale."""
+    """Which map serves which RoI - `levels`, or else equation 1 as a staircase - and at which scale."""
 
-    levels: NDArray[np.int64]
+    levels: Tensor | None
     climb: NDArray[np.floating]
-    canonical_scale: np.floating
+    canonical_scale: Any
     scales: NDArray[np.floating]
+
+
+class Table(NamedTuple):
+    """The tables of one axis: where they are, and the memory that holds them."""
+
+    at: tables.AxisAt
+    memory: Tensor
+    rois: int
+    taps: int  # room for how many
+
+    def array(self, name: str) -> NDArray[np.int64]:
+        """One of the tables of integers as an array, to look at all RoIs at once."""
+        start = (getattr(self.at, name) - self.memory.data_ptr()) // 8
+        n = {"base": self.rois + 1, "touched": self.rois}.get(name, self.taps)
+        return self.memory[start : start + n].numpy()
 
 
 class Tables(NamedTuple):
     """Everything that does not depend on the channels; see `tables`."""
 
-    map_of: NDArray[np.int64]
-    order: NDArray[np.int64]
-    ys: tables.Axis
-    xs: tables.Axis
+    map_of: Tensor
+    order: Tensor
+    ys: Table
+    xs: Table
+
+
+class Maps(NamedTuple):
+    """The maps of a call: a row per map, see `tables.AT` and on; and their largest sizes."""
+
+    rows: "array[int]"
+    number: int
+    images: int
+    height: int
+    width: int
+    all_heights: int
+
+    @property
+    def at(self) -> int:
+        """The address of the rows."""
+        return self.rows.buffer_info()[0]
 
 
 def forward(
@@ -59,67 +92,56 @@ def forward(
     """Pool every RoI from its map; see `reference.forward`."""
     maps = _describe_maps(features)
     rule = _rule(rois, levels, scales, canonical_scale, canonical_level)
-    roi = rois.contiguous().numpy()
+    rois = rois.contiguous()
     taps = 2 * sampling_ratio if sampling_ratio > 0 else _ADAPTIVE_TAPS
     slab = max(1, _SLAB_TAPS // (taps * (out.shape[2] + out.shape[3])))
-    for lo in range(0, len(roi), slab):
+    if len(rois) <= slab:
+        _forward_slab(out, features, maps, rois, rule, sampling_ratio, aligned)
+        return
+    for lo in range(0, len(rois), slab):
         part = slice(lo, lo + slab)
-        if len(roi) > slab:
-            rule = rule._replace(levels=rule.levels[part])
-        _forward_slab(out[part], features, maps, roi[part], rule, sampling_ratio, aligned)
+        part_rule = rule if rule.levels is None else rule._replace(levels=rule.levels[part])
+        _forward_slab(out[part], features, maps, rois[part], part_rule, sampling_ratio, aligned)
 
 
 def _forward_slab(
     out: Tensor,
     features: Sequence[Tensor],
-    maps: NDArray[np.int64],
-    roi: NDArray[np.floating],
+    maps: Maps,
+    rois: Tensor,
     rule: Rule,
     sampling_ratio: int,
     aligned: bool,
 ) -> None:
-    images, channels = features[0].shape[:2]
+    channels = out.shape[1]
     pooled = _describe_pooled(out)
-    t = _tables(roi, rule, maps, images, pooled, sampling_ratio, aligned)
-    if len(t.order) < len(roi):
-        out[torch.from_numpy(t.map_of < 0)] = torch.nan
-    work = (len(t.ys.taps) + len(t.xs.taps)) * channels
-    kinds = [(f.dtype, f.stride(1) == 1 and channels >= LANES) for f in features]
-    for (dtype, in_place), order in _by_kind(kinds, t.order, t.map_of[t.order]):
-        job: tuple[Any, ...] = (_TAG[dtype], roi.dtype.type(0), _TAG[out.dtype], _address(maps), len(maps))
-        ys, xs, map_of = _addresses(t.ys), _addresses(t.xs), _address(t.map_of)
+    height, width = out.shape[2:]
+    t = _tables(rois, rule, maps, height, width, sampling_ratio, aligned)
+    if len(t.order) < len(rois):
+        out[t.map_of < 0] = torch.nan
+    work = (t.ys.taps + t.xs.taps) * channels
+    columns = int(t.xs.array("touched").max())
+    for (dtype, in_place), order in _by_kind([_kind(f, channels) for f in features], t):
+        tags = (_TAG[dtype], _WORK[rois.dtype], _TAG[out.dtype])
+        job: tuple[Any, ...] = (*tags, maps.at, maps.number, pooled.buffer_info()[0])
+        rest = (order.data_ptr(), t.map_of.data_ptr(), t.ys.at, t.xs.at)
         if in_place:
-            entries = direct_kernel.entries(t.xs, pooled)
-            offsets = _offsets(maps, pooled, int(direct_kernel.SUBS))
-            job += (_address(pooled), _address(order), len(order), map_of, ys, xs, channels)
+            subs = int(direct_kernel.SUBS)
+            entries = direct_kernel.entries(columns, width)
+            job += (order.data_ptr(), len(order), *rest[1:], channels)
             tasks = math.ceil(len(order) / direct_kernel.ROIS)
-            _run(direct_kernel.run, job, offsets, entries, roi.dtype, tasks, work)
+            line = max(maps.height, maps.width * subs, height * subs, width)
+            _run(direct_kernel.run, job, line, entries, rois.dtype, tasks, work)
         else:
             blocks = math.ceil(channels / LANES)
-            most = max(64, len(roi) * blocks // (_TASKS_PER_THREAD * torch.get_num_threads()))
-            groups = np.empty((len(order), 6), np.int64)
-            n = forward_kernel.group(_address(order), len(order), map_of, ys, xs, most, _address(groups))
-            groups = groups[:n]
-            entries = forward_kernel.entries(groups, t.xs, pooled)
-            job += (
-                _address(pooled),
-                _address(groups),
-                len(groups),
-                _address(order),
-                map_of,
-                ys,
-                xs,
-                channels,
-            )
-            _run(
-                forward_kernel.run,
-                job,
-                _offsets(maps, pooled),
-                entries,
-                roi.dtype,
-                len(groups) * blocks,
-                work,
-            )
+            most = max(64, len(rois) * blocks // (_TASKS_PER_THREAD * torch.get_num_threads()))
+            groups = torch.empty((len(order), int(forward_kernel.GROUP_COLUMNS)), dtype=torch.int64)
+            n = forward_kernel.group(rest[0], len(order), *rest[1:], most, groups.data_ptr())
+            cells = int(groups[:n, forward_kernel.CELLS].amax()) if n else 0
+            entries = forward_kernel.entries(cells, columns, width)
+            job += (groups.data_ptr(), n, *rest, channels)
+            line = max(maps.height, maps.width, height, width)
+            _run(forward_kernel.run, job, line, entries, rois.dtype, n * blocks, work)
 
 
 def backward(
@@ -136,154 +158,140 @@ def backward(
     """The adjoint of `forward` in the features; see `reference.backward`."""
     if not (grad.is_contiguous() or grad.is_contiguous(memory_format=torch.channels_last)):
         grad = grad.contiguous()  # an expanded gradient, as that of a sum
-    images, channels = grads[0].shape[:2]
+    channels, height, width = grad.shape[1:]
     blocks = math.ceil(channels / LANES)
     maps = _describe_maps(grads)
     pooled = _describe_pooled(grad)
-    roi = rois.contiguous().numpy()
+    rois = rois.contiguous()
     rule = _rule(rois, levels, scales, canonical_scale, canonical_level)
-    t = _tables(roi, rule, maps, images, pooled, sampling_ratio, aligned)
-    ys, xs = _turned(t.ys, pooled[-2]), _turned(t.xs, pooled[-1])
+    t = _tables(rois, rule, maps, height, width, sampling_ratio, aligned)
+    ys, xs = _turned(t.ys, height, rois.dtype), _turned(t.xs, width, rois.dtype)
     tasks = _TASKS_PER_THREAD * torch.get_num_threads()
-    most = math.ceil(maps[:, tables.WIDTH].max() * min(1.0, blocks / tasks))
-    strips, entries = backward_kernel.cut(maps, images, t.map_of, t.order, ys, pooled, most)
-    work = (len(ys.taps) + len(xs.taps)) * channels + sum(g.numel() for g in grads)
-    for dtype, mine in _by_kind([g.dtype for g in grads], strips, strips[:, backward_kernel.MAP]):
-        job: tuple[Any, ...] = (
-            _TAG[dtype],
-            roi.dtype.type(0),
-            _TAG[grad.dtype],
-            _address(maps),
-            len(maps),
-            _address(pooled),
-        )
-        job += (_address(mine), len(mine), _address(t.order), _addresses(ys), _addresses(xs), channels)
-        _run(backward_kernel.run, job, _offsets(maps, pooled), entries, roi.dtype, len(mine) * blocks, work)
+    most = math.ceil(maps.width * min(1.0, blocks / tasks))
+    homes, touched, base, cells = (t.map_of[t.order].numpy(), *map(t.ys.array, ("touched", "base", "cells")))
+    spans = backward_kernel.heights(t.order.numpy(), touched, base, cells)
+    widths = [int(maps.rows[i]) for i in range(int(tables.WIDTH), len(maps.rows), int(tables.MAP_COLUMNS))]
+    strips, entries = backward_kernel.cut(widths, maps.images, homes, spans, height, width, most)
+    work = (ys.taps + xs.taps) * channels + sum(g.numel() for g in grads)
+    for dtype in {g.dtype for g in grads}:
+        mine = [s for s in strips if grads[s[0] % maps.number].dtype == dtype]
+        rows = array("q", itertools.chain.from_iterable(mine))
+        tags = (_TAG[dtype], _WORK[rois.dtype], _TAG[grad.dtype])
+        job: tuple[Any, ...] = (*tags, maps.at, maps.number, pooled.buffer_info()[0])
+        job += (rows.buffer_info()[0], len(mine), t.order.data_ptr(), ys.at, xs.at, channels)
+        line = max(maps.height, maps.width, height, width)
+        _run(backward_kernel.run, job, line, entries, rois.dtype, len(mine) * blocks, work)
 
 
 def _run(
-    kernel: Any, job: tuple[Any, ...], offsets: int, entries: Sequence[int], dtype: Any, tasks: int, work: int
+    kernel: Any,
+    job: tuple[Any, ...],
+    line: int,
+    entries: Sequence[int],
+    dtype: torch.dtype,
+    tasks: int,
+    work: int,
 ) -> None:
-    """Run a kernel on the threads, each with scratch of its own: four rows of offsets, then entries."""
-    line = -(-8 * offsets // 64) * 64
-    sizes = [*(line,) * 4, *(n * LANES * dtype.itemsize for n in entries)]
-    starts = list(itertools.accumulate(sizes, initial=0))
+    """Run a kernel on the threads, each with scratch of its own: four lines of offsets, then entries."""
+    line = -(-8 * line // 64) * 64
+    sizes = (line, line, line, line, *(n * LANES * dtype.itemsize for n in entries))
+    starts = tuple(itertools.accumulate(sizes, initial=0))
 
     def take_tasks(counter: int, memory: int) -> None:
         kernel(counter, *job, Scratch(*(memory + start for start in starts[:-1])))
 
-    threads.run(take_tasks, tasks, int(starts[-1]), work)
-
-
-def _address(array: NDArray[Any]) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address
-
-
-def _addresses(axis: tables.Axis) -> AxisAt:
-    return AxisAt(*map(_address, axis))
-
-
-def _offsets(maps: NDArray[np.int64], pooled: NDArray[np.int64], subs: int = 1) -> int:
-    """The longest row of offsets: rows, columns or bins."""
-    return int(max(maps[:, tables.HEIGHT].max(), maps[:, tables.WIDTH].max() * subs, *pooled[-2:] * subs))
+    threads.run(take_tasks, tasks, starts[-1], work)
 
 
 def _tables(
-    roi: NDArray[np.floating],
-    rule: Rule,
-    maps: NDArray[np.int64],
-    images: int,
-    pooled: NDArray[np.int64],
-    sampling_ratio: int,
-    aligned: bool,
+    rois: Tensor, rule: Rule, maps: Maps, height: int, width: int, sampling_ratio: int, aligned: bool
 ) -> Tables:
-    n = len(roi)
-    tag = roi.dtype.type(0)
-    map_of = np.empty(n, np.int64)
-    geometry = (tag, _address(roi), n, _address(maps), len(maps), _address(rule.scales), _address(map_of))
+    n = len(rois)
+    tag = _WORK[rois.dtype]
+    scales = rule.scales.ctypes.data
+    map_of = torch.empty(n, dtype=torch.int64)
+    levels = 0 if rule.levels is None else rule.levels.data_ptr()
     poolable = tables.assign(
-        tag, _address(roi), n, _address(rule.levels), len(maps), _address(maps), _address(rule.scales),
-        images, _address(rule.climb), len(rule.climb), rule.canonical_scale, _address(map_of),
+        tag, rois.data_ptr(), n, levels, maps.number, maps.at, scales, maps.images,
+        rule.climb.ctypes.data, len(rule.climb), rule.canonical_scale, map_of.data_ptr(),
     )  # fmt: skip
+    scratch = torch.empty(max(maps.height, maps.width, maps.images * maps.all_heights + 1), dtype=torch.int64)
 
-    def axis(column: Any, bins: Any, extent_column: Any) -> tables.Axis:
-        base = np.arange(n + 1) * (2 * sampling_ratio * bins)
+    def axis(column: Any, bins: int, extent_column: Any) -> Table:
+        geometry: tuple[Any, ...] = (tag, rois.data_ptr(), n, maps.at, maps.number, scales, map_of.data_ptr())
+        geometry += (column, bins, extent_column)
+        taps = n * 2 * sampling_ratio * bins
         if sampling_ratio <= 0:
-            tables.count(*geometry, column, bins, extent_column, aligned, _address(base))
-        result = _empty_axis(base, n * (bins + 1), roi.dtype)
-        place = np.full(maps[:, extent_column].max(), -1)
-        tables.fill(
-            *geometry,
-            column,
-            bins,
-            extent_column,
-            sampling_ratio,
-            aligned,
-            _address(place),
-            _addresses(result),
-        )
-        return result
+            counted = torch.empty(n + 1, dtype=torch.int64)
+            tables.count(*geometry, aligned, counted.data_ptr())
+            taps = int(counted[n])
+        table = _empty_table(n, n * (bins + 1), taps, rois.dtype)
+        if sampling_ratio <= 0:
+            table.memory[: n + 1] = counted
+        tables.fill(*geometry, sampling_ratio, aligned, scratch.data_ptr(), table.at)
+        return table
 
-    ys = axis(tables.Y1, pooled[-2], tables.HEIGHT)
-    xs = axis(tables.X1, pooled[-1], tables.WIDTH)
-    order = np.empty(poolable, np.int64)
-    rows = images * maps[:, tables.HEIGHT].sum()
-    cursor = np.zeros(rows + 1, np.int64)
-    tables.sort(
-        _address(map_of),
-        n,
-        _address(maps),
-        len(maps),
-        _addresses(ys),
-        _address(cursor),
-        rows,
-        _address(order),
-    )
+    ys = axis(tables.Y1, height, tables.HEIGHT)
+    xs = axis(tables.X1, width, tables.WIDTH)
+    order = torch.empty(poolable, dtype=torch.int64)
+    rows = maps.images * maps.all_heights
+    tables.sort(map_of.data_ptr(), n, maps.at, maps.number, ys.at, scratch.data_ptr(), rows, order.data_ptr())
     return Tables(map_of, order, ys, xs)
 
 
-def _empty_axis(base: NDArray[np.int64], starts: int, dtype: Any) -> tables.Axis:
-    n = base[-1]
-    rois = len(base) - 1
-    start, touched = np.zeros(starts, np.int64), np.zeros(rois, np.int64)
-    return tables.Axis(base, start, np.empty(n, np.int64), np.empty(n, dtype), np.empty(n, np.int64), touched)
+def _empty_table(rois: int, starts: int, taps: int, dtype: torch.dtype) -> Table:
+    sizes = (rois + 1, starts, taps, taps, rois, -(-taps * dtype.itemsize // 8))
+    *ends, total = itertools.accumulate(sizes)
+    memory = torch.empty(total, dtype=torch.int64)
+    at = memory.data_ptr()
+    return Table(tables.AxisAt(at, *(at + 8 * end for end in ends)), memory, rois, taps)
 
 
-def _turned(axis: tables.Axis, bins: Any) -> tables.Axis:
-    n = len(axis.taps)
-    turned = axis._replace(
-        start=np.zeros(n + len(axis.touched), np.int64),
-        taps=np.empty(n, np.int64),
-        weights=np.empty(n, axis.weights.dtype),
-    )
-    tag = axis.weights.dtype.type(0)
-    tables.turn_around(tag, len(axis.touched), bins, _addresses(axis), _addresses(turned))
+def _turned(table: Table, bins: int, dtype: torch.dtype) -> Table:
+    turned = _empty_table(table.rois, table.taps + table.rois, table.taps, dtype)
+    shared = {name: getattr(table.at, name) for name in ("base", "cells", "touched")}
+    turned = turned._replace(at=turned.at._replace(**shared))
+    tables.turn_around(_WORK[dtype], table.rois, bins, table.at, turned.at)
     return turned
 
 
+def _kind(feature: Tensor, channels: int) -> tuple[torch.dtype, bool]:
+    """What a map is read as, and whether in place."""
+    return feature.dtype, feature.stride(1) == 1 and channels >= LANES
+
+
 def _by_kind(
-    kinds: Sequence[Any], rows: NDArray[np.int64], homes: NDArray[np.int64]
-) -> Iterator[tuple[Any, NDArray[np.int64]]]:
-    """The rows of work for each kind among the maps; nearly always there is one."""
+    kinds: Sequence[tuple[torch.dtype, bool]], t: Tables
+) -> Iterator[tuple[tuple[torch.dtype, bool], Tensor]]:
+    """The RoIs, in order, for each kind among the maps; nearly always there is one."""
     if len(set(kinds)) == 1:
-        yield kinds[0], rows
+        yield kinds[0], t.order
         return
     for kind in set(kinds):
-        yield kind, rows[np.array([k == kind for k in kinds])[homes % len(kinds)]]
+        served = torch.tensor([k == kind for k in kinds])
+        order = t.order[served[t.map_of[t.order] % len(kinds)]]
+        if len(order):
+            yield kind, order
 
 
-def _describe_maps(features: Sequence[Tensor]) -> NDArray[np.int64]:
-    """A row per map: see `tables.AT` and on."""
-    rows = [[f.data_ptr(), *(s * f.element_size() for s in f.stride()), *f.shape[2:]] for f in features]
-    return np.array(rows, np.int64)
+def _describe_maps(features: Sequence[Tensor]) -> Maps:
+    rows = array("q")
+    heights, widths = [], []
+    for f in features:
+        size = f.element_size()
+        image, channel, row, column = f.stride()
+        images, _, height, width = f.shape
+        rows.extend((f.data_ptr(), image * size, channel * size, row * size, column * size, height, width))
+        heights.append(height)
+        widths.append(width)
+    return Maps(rows, len(features), images, max(heights), max(widths), sum(heights))
 
 
-def _describe_pooled(t: Tensor) -> NDArray[np.int64]:
-    """See `forward.OUT_AT` and on."""
+def _describe_pooled(t: Tensor) -> "array[int]":
+    """See `sums.OUT_AT` and on."""
     size = t.element_size()
-    steps = (t.stride(0) * size, t.stride(1) * size, t.stride(3) * size)
-    return np.array((t.data_ptr(), *steps, *t.shape[2:]), np.int64)
+    roi, channel, _, column = t.stride()
+    return array("q", (t.data_ptr(), roi * size, channel * size, column * size, t.shape[2], t.shape[3]))
 
 
 def _rule(
@@ -293,26 +301,26 @@ def _rule(
     canonical_scale: float,
     canonical_level: float,
 ) -> Rule:
-    number: Any = np.float32 if rois.dtype == torch.float32 else np.float64
-    map_scales = np.array(scales, number)
+    map_scales, climb = _staircase(tuple(scales), canonical_level, rois.dtype)
+    number: Any = type(_WORK[rois.dtype])
     if levels is not None:
-        return Rule(
-            levels.contiguous().numpy(), np.empty((0, 2), number), number(canonical_scale), map_scales
-        )
-    climb = _climb(tuple(scales), canonical_level, rois.dtype)
-    return Rule(np.empty(0, np.int64), climb, number(canonical_scale), map_scales)
+        return Rule(levels.contiguous(), climb[:0], number(canonical_scale), map_scales)
+    return Rule(None, climb, number(canonical_scale), map_scales)
 
 
 @functools.lru_cache(256)
-def _climb(scales: tuple[float, ...], canonical_level: float, dtype: torch.dtype) -> NDArray[np.floating]:
-    """Equation 1 as a staircase `(ratio, delta)` over `size / canonical_scale`; see `tables.assign`.
+def _staircase(
+    scales: tuple[float, ...], canonical_level: float, dtype: torch.dtype
+) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """The scales, and equation 1 as steps `(ratio, delta)`; see `tables.assign`.
 
     The thresholds are where PyTorch's own operators step up, so the kernel needs no logarithm and
     agrees with `levels.assign_levels` to the last bit.
     """
+    number: Any = type(_WORK[dtype])
     finest, steps = serving_steps(map_levels_of(scales))
     rows = [(0.0, finest), *((_first_above(level, canonical_level, dtype), delta) for level, delta in steps)]
-    return np.array(rows, np.float32 if dtype == torch.float32 else np.float64)
+    return np.array(scales, number), np.array(rows, number)
 
 
 def _first_above(level: int, canonical_level: float, dtype: torch.dtype) -> float:

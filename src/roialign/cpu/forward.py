@@ -1,7 +1,5 @@
 """Forward from maps of any strides: blocks of 16 channels are packed into scratch and pooled there."""
 
-from typing import Any
-
 import numpy as np
 
 from .jit import kernel
@@ -164,11 +162,7 @@ def _sum_own_cells(src_tag, src, m, lanes, tag, scratch, ys, xs, k, bins, p0, p1
         u0 = u1
 
 
-def entries(groups: Any, xs: Any, out: Any) -> tuple[int, int, int]:
+def entries(cells: int, columns: int, pooled_width: int) -> tuple[int, int, int]:
     """Entries of 16 numbers that a thread needs for packed cells, row sums and results."""
-    columns = int(xs.touched.max(initial=1))
-    return (
-        int(groups[:, CELLS].max(initial=0)),
-        max(int(SUM_ENTRIES), columns),
-        int(max(SUM_ENTRIES, out[PW])),
-    )
+    least = int(SUM_ENTRIES)
+    return cells, max(least, columns), max(least, pooled_width)

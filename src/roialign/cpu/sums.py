@@ -19,17 +19,6 @@ OUT_AT, OUT_ROI_STEP, OUT_CHANNEL_STEP, OUT_BIN_STEP, PH, PW = np.arange(6)
 SUM_ENTRIES = np.int64(2**12)  # row sums, and results, kept at once
 
 
-class AxisAt(NamedTuple):
-    """Addresses of the arrays of a `tables.Axis`."""
-
-    base: Any
-    start: Any
-    taps: Any
-    weights: Any
-    cells: Any
-    touched: Any
-
-
 class Scratch(NamedTuple):
     """Addresses of a thread's own memory."""
 

@@ -8,17 +8,12 @@ the tables are turned around: for each cell, bins and weights.
 Arrays are named by address, as in `simd.py`; `tag` is a number of the working precision.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .jit import kernel
 from .simd import get, load_one, put, size_of, store_one
-
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.floating]
-
 
 # Constants are NumPy numbers: Numba compiles a function anew for every Python int it is called with.
 ZERO, ONE = np.arange(2)
@@ -31,15 +26,15 @@ MAP_COLUMNS = np.int64(7)
 X1, Y1 = np.arange(1, 3)
 
 
-class Axis(NamedTuple):
-    """Tables of one axis for K RoIs; RoI k owns the entries `base[k]:base[k + 1]` of taps and cells."""
+class AxisAt(NamedTuple):
+    """Addresses of the tables of one axis; RoI k owns the taps and cells `base[k]:base[k + 1]`."""
 
-    base: IntArray  # (K + 1,)
-    start: IntArray  # first tap of each bin (or cell), relative to base[k]; from base[k] + k * stride on
-    taps: IntArray  # place in the list of cells (or bin)
-    weights: FloatArray
-    cells: IntArray  # rows or columns of the map that are touched
-    touched: IntArray  # (K,) how many
+    base: Any  # (K + 1,)
+    start: Any  # first tap of each bin, relative to base[k]: RoI k's from k * (bins + 1) on
+    taps: Any  # place in the list of cells
+    cells: Any  # rows or columns of the map that are touched
+    touched: Any  # (K,) how many
+    weights: Any  # in the working precision
 
 
 @kernel
@@ -124,8 +119,18 @@ def fill(
     tag, rois, n, maps, n_levels, scales, map_of, column, bins, extent_column, sampling_ratio, aligned,
     place, axis,
 ):  # fmt: skip
-    """Fill the tables of one axis. `place` is scratch, one entry per cell, all -1."""
+    """Fill the tables of one axis; `base` too unless the grid is adaptive.
+
+    `place` is scratch, one entry per cell.
+    """
+    for level in range(n_levels):
+        for cell in range(get(maps, level * MAP_COLUMNS + extent_column)):
+            put(place, cell, -ONE)
+    if sampling_ratio > 0:
+        for k in range(n + 1):
+            put(axis.base, k, 2 * sampling_ratio * bins * k)
     for k in range(n):
+        put(axis.touched, k, ZERO)
         if get(map_of, k) >= 0:
             level = get(map_of, k) % n_levels
             extent = get(maps, level * MAP_COLUMNS + extent_column)
@@ -191,8 +196,10 @@ def _list_cells(taps, n, cells, place):
 def sort(map_of, n, maps, n_levels, ys, cursor, rows_in_all, order):
     """Order the RoIs that can be pooled map by map, and on a map by the first row they touch.
 
-    `cursor` is scratch: a zero for each row of each map of each image, and one more.
+    `cursor` is scratch: an entry for each row of each map of each image, and one more.
     """
+    for row in range(rows_in_all + 1):
+        put(cursor, row, ZERO)
     rows = ZERO
     for level in range(n_levels):
         rows += get(maps, level * MAP_COLUMNS + HEIGHT)
@@ -219,7 +226,7 @@ def sort(map_of, n, maps, n_levels, ys, cursor, rows_in_all, order):
 def turn_around(tag, n, bins, axis, turned):
     """From taps of bins on cells to taps of cells on bins, bins in ascending order.
 
-    The cells of RoI k have their starts in `turned.start`, all zero so far, from `base[k] + k` on.
+    The cells of RoI k have their starts in `turned.start` from `base[k] + k` on.
     """
     for k in range(n):
         base = get(axis.base, k)
@@ -232,6 +239,8 @@ def turn_around(tag, n, bins, axis, turned):
         new_starts = turned.start + 8 * (base + k)
         new_taps, new_weights = turned.taps + 8 * base, turned.weights + size_of(tag) * base
         n_taps = get(starts, bins) if cells else ZERO
+        for c in range(cells + 1):
+            put(new_starts, c, ZERO)
         for t in range(n_taps):
             put(new_starts, get(taps, t) + 1, get(new_starts, get(taps, t) + 1) + 1)
         for c in range(cells):
