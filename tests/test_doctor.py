@@ -26,7 +26,7 @@ def test_doctor_without_rich(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rich", None)
     assert main(["doctor"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert 'rich missing the tables of demo and doctor pip install "roialign[demo]"' in lines
+    assert 'rich missing tables and progress bars pip install "roialign[demo]"' in lines
     assert "device available engine" in lines
 
 
@@ -49,7 +49,7 @@ def test_where_an_engine_cannot_be_imported_the_reference_serves_and_doctor_says
 def test_a_wrong_engine_fails_the_check(monkeypatch):
     pytest.importorskip("torchvision")
     wrong = ModuleType("wrong")
-    wrong.backward = reference.backward
+    wrong.empty, wrong.backward = reference.empty, reference.backward
 
     def forward(out, *args):
         reference.forward(out, *args)

@@ -5,11 +5,16 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from . import __version__, demo, doctor
+from . import __version__, bench, demo, doctor, warmup
 
 # A command is a module with HELP, add_arguments(parser) and run(args) -> exit code. They import
 # nothing heavy before they run.
-COMMANDS: dict[str, ModuleType] = {"demo": demo, "doctor": doctor}
+COMMANDS: dict[str, ModuleType] = {
+    "demo": demo,
+    "doctor": doctor,
+    "warmup": warmup,
+    "bench": bench,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

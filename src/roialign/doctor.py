@@ -32,9 +32,9 @@ PACKAGES = (
     Package("triton", "the GPU engine", "comes with CUDA builds of torch"),
     Package("torchvision", "its detectors; part of the self-check", "pip install torchvision"),
     Package("onnxruntime", "running exported models", "pip install onnxruntime"),
-    Package("matplotlib", "the pictures of demo and roialign.plot", _DEMO),
+    Package("matplotlib", "the pictures of demo, bench and roialign.plot", _DEMO),
     Package("skimage", "the sample photograph of demo", _DEMO, "scikit-image"),
-    Package("rich", "the tables of demo and doctor", _DEMO),
+    Package("rich", "tables and progress bars", _DEMO),
 )
 
 # Features and weights lie in [0, 1]; the coordinates, of at most 16 cells, carry rounding errors of

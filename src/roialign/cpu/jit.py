@@ -1,5 +1,6 @@
 """How kernels are compiled: without the GIL, and kept on disk where that is possible."""
 
+import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,11 @@ from numba import njit
 _log = logging.getLogger("roialign")
 _folder: str | None = None
 
-# Numba compiles anew when a kernel's own file changes; but a kernel contains those that it calls.
-_STAMP = tuple(
-    (file.name, file.stat().st_mtime_ns, file.stat().st_size)
-    for file in sorted(Path(__file__).parent.glob("*.py"))
-)
+# Numba compiles anew when a kernel's own file changes; but a kernel contains those that it calls. So
+# the stamp is of all files, and of what they say: times do not survive in a container image.
+_STAMP = hashlib.sha256(
+    b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+).hexdigest()
 _said = False
 
 

@@ -1,0 +1,165 @@
+"""The machine, what it can do at best, and what must be measured in a process of its own."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import MultiScaleRoIAlign, __version__
+from .timing import Effort, time_by_turns
+from .workloads import FULL, QUICK, TINY, WORKLOADS, Size, make_call, make_maps
+
+_COPIED = 2**28  # bytes, beyond any cache
+
+# Times are those of the calls; importing Numba and loading kernels are part of the first.
+_FIRST_CALL = """
+import json, time
+start = time.perf_counter()
+import torch
+torch_there = time.perf_counter()
+import roialign
+all_there = time.perf_counter()
+features = [torch.zeros(1, 16, 8, 8, requires_grad=True), torch.zeros(1, 16, 4, 4, requires_grad=True)]
+boxes = [torch.tensor([[1.0, 1.0, 9.0, 9.0]])]
+begin = time.perf_counter()
+pooled = roialign.multiscale_roi_align(features, boxes, 7, [1 / 4, 1 / 8], 2)
+forward = time.perf_counter()
+pooled.sum().backward()
+backward = time.perf_counter()
+print(json.dumps({
+    "import_s": all_there - torch_there, "forward_s": forward - begin, "backward_s": backward - forward
+}))
+"""
+_IMPORT = _FIRST_CALL[: _FIRST_CALL.index("features")] + "print(all_there - torch_there)"
+_MEMORY = """
+import sys
+from roialign.bench.probes import measure_memory
+print(measure_memory(sys.argv[1], sys.argv[2] == "quick", int(sys.argv[3])))
+"""
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on, beside the versions."""
+    return {
+        "cpu": _cpu_name(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # of others, before the start
+        "system": f"{platform.system()} {platform.machine()}",
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of all that takes part; None if it is missing."""
+    others = ("torchvision", "numba", "onnxruntime", "openvino")
+    return {
+        "roialign": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: _version(name) for name in others},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def floor(size: Size) -> dict[str, float]:
+    """How fast memory can be copied, and how long the output of the box head takes to write at all."""
+    copied = _COPIED if size == FULL else _COPIED // 16
+    source, target = torch.ones(copied, dtype=torch.uint8), torch.ones(copied, dtype=torch.uint8)
+    work = WORKLOADS["box-head"]
+    shape = (size.boxes_of(work.boxes), size.channels, work.bins, work.bins)
+    kept = torch.ones(shape)
+
+    calls: dict[str, Callable[[], object]] = {
+        "copy": lambda: target.copy_(source),
+        "reused": lambda: kept.fill_(1),
+        "fresh": lambda: torch.empty(shape).fill_(1),
+        "huge": lambda: torch.from_numpy(np.empty(shape, np.float32)).fill_(1),  # NumPy asks for them
+    }
+    ms = {name: 1000 * min(times) for name, times in time_by_turns(calls, Effort(0.0, 9)).items()}
+    return {
+        "copy_gb_per_s": 2 * copied / ms["copy"] / 1e6,  # read and written
+        "output_mb": kept.nbytes / 1e6,
+        "write_reused_ms": ms["reused"],
+        "write_fresh_ms": ms["fresh"],
+        "write_fresh_huge_pages_ms": ms["huge"],
+    }
+
+
+def first_call() -> dict[str, Any]:
+    """Seconds of the first calls in new processes: compiling, then from the disk; and of the import."""
+    imports = [float(_python(_IMPORT)) for _ in range(5)]
+    with tempfile.TemporaryDirectory() as folder:
+        cold, cached = (json.loads(_python(_FIRST_CALL, NUMBA_CACHE_DIR=folder)) for _ in range(2))
+    return {"import_s": statistics.median(imports), "cold": cold, "cached": cached}
+
+
+def extra_memory(name: str, quick: bool) -> float | None:
+    """Peak memory of a workload beyond its results, in MB, in a new process; None if unknown."""
+    try:
+        printed = _python(_MEMORY, name, "quick" if quick else "full", str(torch.get_num_threads()))
+    except subprocess.CalledProcessError:
+        return None
+    return None if printed.strip() == "None" else float(printed)
+
+
+def _python(program: str, *arguments: str, **environment: str) -> str:
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def measure_memory(name: str, quick: bool, threads: int) -> float | None:
+    """The same in this process, which must have done nothing yet.
+
+    The kernels are loaded by a tiny run before, so what is counted is the scratch of the threads and
+    whatever else the call holds at its peak. Only Linux can tell.
+    """
+    torch.set_num_threads(threads)
+    workload = WORKLOADS[name]
+    size = workload.size or (QUICK if quick else FULL)
+    dtype = workload.dtype
+    tiny = {k: f.to(dtype) for k, f in make_maps(workload, TINY).items()}
+    make_call(workload._replace(boxes=2), TINY, tiny, MultiScaleRoIAlign)()
+    maps = {k: f.to(dtype) for k, f in make_maps(workload, size).items()}
+    call = make_call(workload, size, maps, MultiScaleRoIAlign)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = _status("VmRSS")
+        results = call()
+        return (_status("VmHWM") - before - sum(t.nbytes for t in results)) / 1e6
+    except OSError:
+        return None
+
+
+def _status(key: str) -> int:
+    """Bytes, from the entry of this process in /proc."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))

@@ -1,0 +1,267 @@
+"""The benchmark runs and tells what it measured; no test asserts a time."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+
+from roialign import LevelMapper, MultiScaleRoIAlign, ops
+from roialign.__main__ import main
+from roialign.bench import command, peers, probes, timing, workloads
+from roialign.bench.workloads import QUICK, TINY, WORKLOADS
+
+SPREAD = {"min", "q1", "median", "q3", "max", "runs"}
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path_and_quick(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timing, "_SAMPLE", 0)
+    monkeypatch.setattr(timing, "_PAUSE", 0)
+
+
+@pytest.fixture
+def no_processes(monkeypatch):
+    """Leave out what starts processes of its own, which takes seconds."""
+    monkeypatch.setattr(probes, "extra_memory", lambda name, quick: 1.5)
+    monkeypatch.setattr(probes, "first_call", lambda: FIRST_CALL)
+
+
+CALLS = {"import_s": 0.01, "forward_s": 1.5, "backward_s": 2.5}
+FIRST_CALL = {"import_s": 0.02, "cold": CALLS, "cached": CALLS}
+
+
+def bench(*arguments):
+    return main(["bench", "--quick", "--repeats", "2", *arguments])
+
+
+def only(*names):
+    return [word for name in names for word in ("--only", name)]
+
+
+@pytest.mark.usefixtures("no_processes", "threads")
+def test_everything_is_measured_printed_and_written(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert bench("--threads", "1", "--json", "out.json", "--plot", "out.png") == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert set(report) == {
+        "machine", "versions", "settings", "skipped", "workloads", "floor", "first_call", "growth",
+    }  # fmt: skip
+    assert set(report["machine"]) == {"cpu", "vectors", "cores", "load", "system", "date"}
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["settings"] == {
+        "engine": ops.engine("cpu").__name__, "threads": 1, "quick": True, "seconds": 5.0, "repeats": 2,
+    }  # fmt: skip
+    assert report["skipped"] == {}
+    assert [row["name"] for row in report["workloads"]] == list(WORKLOADS)
+    for row in report["workloads"]:
+        assert set(row["ms"]) == {"roialign", "torchvision"}
+        assert all(set(values) == SPREAD and values["runs"] == 2 for values in row["ms"].values())
+        assert row["ratio"]["q1"] <= row["ratio"]["median"] <= row["ratio"]["q3"]
+        assert row["agrees"]
+        assert row["extra_mb"] == (None if row["name"].startswith("one-box") else 1.5)
+    assert [point["boxes"] for point in report["growth"]] == [1, 2, 6, 20, 60, 160]
+    assert set(report["floor"]) == {
+        "copy_gb_per_s", "output_mb", "write_reused_ms", "write_fresh_ms", "write_fresh_huge_pages_ms",
+    }  # fmt: skip
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    for words in (
+        *WORKLOADS,
+        "GB/s",
+        "import roialign",
+        "first backward, compiled",
+        "2.50 s",
+        "wrote out.png",
+    ):
+        assert words in printed
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_sections_can_be_chosen(tmp_path, capsys):
+    assert bench("--json", "out.json", *only("mask-head", "one-box")) == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [row["name"] for row in report["workloads"]] == ["mask-head", "one-box"]
+    assert report["floor"] is report["first_call"] is report["growth"] is None
+    assert "GB/s" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_a_picture_of_nothing(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert bench("--plot", "out.svg", *only("floor")) == 0
+    assert (tmp_path / "out.svg").exists()
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_without_torchvision(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchvision.ops", None)
+    assert bench("--json", "out.json", "--plot", "out.png", *only("one-box", "growth")) == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert set(report["workloads"][0]["ms"]) == {"roialign"}
+    assert report["workloads"][0]["ratio"] is None
+    assert "without torchvision: import of torchvision.ops halted" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_peers_that_are_missing_are_skipped(tmp_path, monkeypatch, capsys):
+    for name in ("onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert bench("--peers", "--json", "out.json", *only("box-head", "backward")) == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert set(report["skipped"]) == {"onnxruntime", "openvino"}
+    assert all(set(row["ms"]) == {"roialign", "torchvision"} for row in report["workloads"])
+    assert "without openvino: import of openvino halted" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_processes")
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_peers_do_the_same_work(name, tmp_path):
+    pytest.importorskip(name)
+    assert bench("--peers", "--json", "out.json", *only("box-head", "adaptive", "one-box", "backward")) == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["workloads"]}
+    assert name not in rows.pop("backward")["ms"]
+    assert len(rows) == 3
+    for row in rows.values():
+        assert set(row["ms"][name]) == SPREAD
+        assert row["differences"][name] < 1e-4
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_different_results_are_an_error(monkeypatch, capsys):
+    class Wrong(MultiScaleRoIAlign):
+        def forward(self, *arguments):
+            return super().forward(*arguments) + 1e-3
+
+    monkeypatch.setattr(command, "MultiScaleRoIAlign", Wrong)
+    assert bench(*only("one-box")) == 1
+    assert "one-box: the results DIFFER" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_the_reference_is_not_timed_in_silence(capsys):
+    with ops.use_reference():
+        assert bench(*only("one-box")) == 1
+    assert "these are the times of the slow reference" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repeats", "0"], "--repeats must be positive, got 0"),
+        (["--seconds", "-1"], "--seconds must be positive, got -1"),
+        (["--threads", "0"], "--threads must be positive, got 0"),
+        (["--json", "none/out.json"], "--json must be a file in a folder that exists, got 'none/out.json'"),
+        (["--json", "."], "--json must be a file in a folder that exists, got '.'"),
+        (["--plot", "out.nope"], "--plot must end in one of "),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["bench", *arguments]) == 2
+    assert capsys.readouterr().err.startswith("python -m roialign bench: " + message)
+
+
+def test_a_plot_needs_matplotlib(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    assert main(["bench", "--plot", "out.png"]) == 2
+    assert capsys.readouterr().err.endswith('; pip install "roialign[demo]"\n')
+
+
+def test_boxes_lie_in_the_image_and_every_level_gets_some():
+    boxes = workloads.make_boxes(1000, (800, 1344))
+    assert (boxes[:, :2] < boxes[:, 2:]).all()
+    assert (boxes >= 0).all()
+    assert (boxes <= torch.tensor([1344, 800, 1344, 800])).all()
+    assert LevelMapper(2, 5)([boxes]).bincount().min() > 50
+    assert torch.equal(boxes, workloads.make_boxes(1000, (800, 1344)))
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_calls_return_what_is_timed(name):
+    workload = WORKLOADS[name]
+    maps = workloads.make_maps(workload, TINY)
+    call = workloads.make_call(workload._replace(boxes=3), TINY, maps, MultiScaleRoIAlign)
+    pooled, grads = (3, 16, workload.bins, workload.bins), [tuple(f.shape) for f in maps.values()]
+    expected = {"forward": [pooled], "backward": grads, "both": [pooled, *grads]}[workload.timed]
+    for _ in range(2):
+        assert [tuple(t.shape) for t in call()] == expected
+    assert all(f.is_contiguous() != workload.channels_last for f in list(maps.values())[:3])
+
+
+def test_functions_take_turns():
+    order = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    times = timing.time_by_turns(calls, timing.Effort(9.0, 3))
+    assert "".join(order) == "aabb" + "ab" * 3
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
+
+
+def test_effort_counts_rounds():
+    assert list(timing.Effort(0.0).rounds()) == [0, 1, 2]
+    assert list(timing.Effort(9.0, 2).rounds()) == [0, 1]
+
+
+def test_spread_and_ratio():
+    slow = timing.spread([4.0, 8.0, 6.0])
+    assert slow == {"min": 4, "q1": 5, "median": 6, "q3": 7, "max": 8, "runs": 3}
+    assert timing.spread([2.0]) == dict.fromkeys(SPREAD, 2.0) | {"runs": 1}
+    assert timing.ratio(slow, timing.spread([1.0, 2.0, 3.0])) == {"q1": 2.0, "median": 3.0, "q3": 7 / 1.5}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_measured_in_a_process_of_its_own():
+    extra = probes.extra_memory("box-head", True)
+    assert extra is not None
+    assert -1 < extra < 64
+
+
+def test_memory_is_unknown_where_the_process_fails(monkeypatch):
+    monkeypatch.setattr(probes, "_MEMORY", "raise SystemExit(1)")
+    assert probes.extra_memory("box-head", True) is None
+    monkeypatch.setattr(probes, "_MEMORY", "print(None)")
+    assert probes.extra_memory("box-head", True) is None
+
+
+def test_first_calls_use_the_cache_of_their_own(monkeypatch):
+    folders = []
+
+    def python(program, *arguments, **environment):
+        if "NUMBA_CACHE_DIR" in environment:
+            folders.append(environment["NUMBA_CACHE_DIR"])
+            return json.dumps(CALLS)
+        return "0.02\n"
+
+    monkeypatch.setattr(probes, "_python", python)
+    assert probes.first_call() == FIRST_CALL
+    assert len(folders) == 2
+    assert len(set(folders)) == 1
+
+
+def test_programs_of_the_first_call_run(monkeypatch):
+    assert set(json.loads(probes._python(probes._FIRST_CALL))) == set(CALLS)
+    assert float(probes._python(probes._IMPORT)) > 0
+    with pytest.raises(subprocess.CalledProcessError):
+        probes._python("raise SystemExit(1)")
+
+
+def test_the_machine_is_described_everywhere(monkeypatch):
+    assert probes.machine()["cpu"]
+    monkeypatch.setattr(probes, "Path", lambda path: SimpleNamespace(read_text=_no_such_file))
+    assert probes.machine()["cpu"]
+
+
+def _no_such_file(encoding):
+    raise FileNotFoundError
+
+
+def test_peers_of_another_version_are_skipped(monkeypatch):
+    monkeypatch.setattr(peers, "_openvino", lambda *_: 1 / 0)
+    maps = workloads.make_maps(WORKLOADS["box-head"], TINY)
+    _, skipped = peers.find_peers(WORKLOADS["box-head"], maps, workloads.make_boxes(2, QUICK.image))
+    assert skipped["openvino"] == "division by zero"
