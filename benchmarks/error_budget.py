@@ -1,4 +1,4 @@
-"""Errors against a float64 truth: ours, the reference's and torchvision's. Prints the table of docs/accuracy.md.
+"""Errors against a float64 truth: ours, the reference's and torchvision's; the table of docs/accuracy.md.
 
 Run: python benchmarks/error_budget.py
 """
