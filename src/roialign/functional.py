@@ -186,7 +186,7 @@ def check_output_size(output_size: int | Sequence[int]) -> tuple[int, int]:
     if len(size) != 2:
         raise ValueError(f"output_size must be one integer or two, got {output_size!r}")
     for bins in size:
-        if not isinstance(bins, int | torch.SymInt):
+        if not isinstance(bins, (int, torch.SymInt)):  # a union stops older compilers
             raise TypeError(f"output_size must be made of integers, got {output_size!r}")
         if bins < 1:
             raise ValueError(f"output_size must be at least 1, got {output_size!r}")
