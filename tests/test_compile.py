@@ -1,7 +1,10 @@
-"""Through torch.compile and torch.export, on the public functions; whole graphs, dynamic sizes."""
+"""Through torch.compile, on the public functions: whole graphs, dynamic sizes, few compilations."""
 
 import pytest
 import torch
+import torchvision
+from torch._dynamo.decorators import mark_unbacked
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import roialign
 from roialign.testing import pyramid, random_boxes
@@ -78,29 +81,113 @@ def test_errors_are_raised_from_compiled_code_as_well():
         compiled(torch.rand(1, 2, 8, 8), torch.tensor([[0.0, 0, 0, 4, 4], [3.0, 0, 0, 4, 4]]))
 
 
-def test_exported_module():
-    module = pooler()
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_default_backend_forward_and_backward(dynamic):
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4 * 9, 2)).train()
+    pool = pooler(scales=[1 / 4, 1 / 8, 1 / 16])
 
-    class Head(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.pool = module
+    def head(x, boxes):
+        return module(pool({name: f.relu() for name, f in x.items()}, boxes) * 2)
 
-        def forward(self, x, boxes):
-            return self.pool(x, [boxes], [SIZE])
+    compiled = torch.compile(head, fullgraph=True, dynamic=dynamic)
+    for count in (3, 7):
+        x = {name: f.requires_grad_() for name, f in named_maps().items()}
+        boxes = random_boxes([count, 5], image_size=SIZE)
+        actual, expected = compiled(x, boxes), head(x, boxes)
+        torch.testing.assert_close(actual, expected)
+        leaves = [*x.values(), *module.parameters()]
+        for a, e in zip(*(torch.autograd.grad(o.sum(), leaves) for o in (actual, expected)), strict=True):
+            torch.testing.assert_close(a, e)
 
-    boxes = torch.export.Dim("boxes", min=2, max=1000)
-    program = torch.export.export(
-        Head(),
-        (named_maps(), random_boxes([5], image_size=SIZE)[0]),
-        dynamic_shapes={"x": dict.fromkeys(NAMES), "boxes": {0: boxes}},
+
+def count_compilations(calls, **options) -> int:
+    """Run the module forward and backward, with each `(box counts, image size)`; hold it against eager."""
+    module, counter = pooler(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)
+    for counts, size in calls:
+        maps = pyramid(STRIDES, image_size=size, images=2, channels=3)
+        x = {name: f.requires_grad_() for name, f in zip(NAMES, maps, strict=True)}
+        boxes = random_boxes(counts, image_size=size)
+        if options.get("unbacked"):
+            for b in boxes:
+                mark_unbacked(b, 0)
+        actual, expected = compiled(x, boxes, [size] * 2), module(x, boxes, [size] * 2)
+        assert torch.equal(actual, expected)
+        for a, e in zip(*(torch.autograd.grad(o.sum(), x.values()) for o in (actual, expected)), strict=True):
+            assert torch.equal(a, e)
+    return counter.frame_count
+
+
+def test_image_sizes_do_not_compile_anew():
+    # The first has no side that another dimension has, which would tie the two together.
+    sizes = [(96, 128), (64, 80), (416, 608), (160, 80), (480, 640)]
+    assert count_compilations([((37, 41), size) for size in sizes]) == 1
+
+
+def test_one_compilation_serves_any_number_of_boxes():
+    counts = [(37, 41), (43, 29), (0, 7), (1, 3), (0, 0), (1, 0), (2, 2), (100, 11)]
+    assert count_compilations([(count, SIZE) for count in counts], unbacked=True) == 1
+
+
+def test_sizes_of_0_and_1_cost_a_compilation_each_as_everywhere_in_pytorch():
+    counts = [(37, 41), (43, 29), (0, 41), (1, 41), (2, 41), (0, 29), (1, 29), (100, 11)]
+    assert count_compilations([(count, (96, 128)) for count in counts]) == 3
+
+
+def test_explain_finds_no_break_where_torchvision_has_some():
+    arguments = named_maps(), random_boxes([3, 4], image_size=SIZE), [SIZE] * 2
+    assert torch._dynamo.explain(pooler())(*arguments).graph_break_count == 0
+    theirs = torchvision.ops.MultiScaleRoIAlign(NAMES, 3, 2, canonical_scale=28)
+    assert torch._dynamo.explain(theirs)(*arguments).graph_break_count > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_converted_mask_rcnn_has_no_break_in_its_poolers():
+    model = torchvision.models.detection.maskrcnn_resnet50_fpn(
+        weights=None,
+        weights_backbone=None,
+        min_size=64,
+        max_size=96,
+        rpn_pre_nms_top_n_test=20,
+        rpn_post_nms_top_n_test=5,
+        box_detections_per_img=2,
     )
-    for count in (2, 30):
-        other = random_boxes([count], image_size=SIZE, seed=count)[0]
-        assert torch.equal(program.module()(named_maps(), other), module(named_maps(), [other], [SIZE]))
-    assert [node.target for node in program.graph.nodes if "roialign" in str(node.target)] == [
-        torch.ops.roialign.multiscale_roi_align.default
-    ]
+    with torch.no_grad():
+        report = torch._dynamo.explain(roialign.convert_poolers(model.eval()))([torch.rand(3, *SIZE)])
+    places = {reason.user_stack[-1].filename for reason in report.break_reasons}
+    assert any("torchvision" in place for place in places)
+    assert not any("poolers" in place or "/roialign/" in place for place in places)
+
+
+def test_training_mode_and_autocast_compile():
+    convolution, pool = torch.nn.Conv2d(4, 4, 1), pooler(scales=[1 / 4, 1 / 8, 1 / 16])
+
+    def head(x, boxes):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return pool({name: convolution(f) for name, f in x.items()}, boxes)
+
+    compiled = torch.compile(head, backend="aot_eager", fullgraph=True)
+    x, boxes = named_maps(), random_boxes([3, 4], image_size=SIZE)
+    actual, expected = compiled(x, boxes), head(x, boxes)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, expected)
+    weight = convolution.weight
+    grads = [torch.autograd.grad(out.float().square().sum(), weight)[0] for out in (actual, expected)]
+    assert grads[0].dtype == torch.float32
+    torch.testing.assert_close(*grads, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("bfloat16", "float32", "float16"), ("float32", "bfloat16", "float32")], ids=str
+)
+def test_mixed_dtypes_among_levels_give_the_dtype_of_the_first(dtypes):
+    x = {n: f.to(getattr(torch, d)) for (n, f), d in zip(named_maps().items(), dtypes, strict=True)}
+    boxes = random_boxes([6, 4], image_size=SIZE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compiled = torch.compile(pooler(), backend="aot_eager", fullgraph=True)
+        actual, expected = compiled(x, boxes, [SIZE] * 2), pooler()(x, boxes, [SIZE] * 2)
+    assert actual.dtype == getattr(torch, dtypes[0])
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

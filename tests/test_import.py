@@ -17,6 +17,7 @@ PUBLIC = [
     "MultiScaleRoIAlign",
     "RoIAlign",
     "convert_poolers",
+    "decompositions",
     "multiscale_roi_align",
     "roi_align",
 ]

@@ -84,7 +84,8 @@ def _empty_grads(
     dtypes: Sequence[int],
     channels_last: Sequence[bool],
 ) -> list[Tensor]:
-    images, channels, *sizes = shape
+    images, _, *sizes = shape
+    channels = grad.shape[1]  # of those that are here, should the maps be sharded along channels
     return [
         engine.empty((images, channels, height, width), DTYPES[dtype], grad.device, last)
         for height, width, dtype, last in zip(sizes[::2], sizes[1::2], dtypes, channels_last, strict=True)
@@ -183,6 +184,12 @@ def _register(name: str, kernel: Any, fake: Any, gradient: Any, setup_context: A
     _LIB.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"roialign::{name}", fake, lib=_LIB)
     torch.library.register_autograd(f"roialign::{name}", gradient, setup_context=setup_context, lib=_LIB)
+
+    def transformed(*args: Any) -> Any:
+        return getattr(importlib.import_module("roialign.transforms"), name)(*args)
+
+    # Reached only while a transform of torch.func is active, so it costs nothing otherwise.
+    _LIB.impl(name, transformed, "FuncTorchDynamicLayerFrontMode")  # type: ignore[no-untyped-call]
 
 
 _register("multiscale_roi_align", _forward, _forward_fake, _gradient, _save_for_gradient)

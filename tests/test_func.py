@@ -1,0 +1,173 @@
+"""Under torch.func: gradients, a batch of feature sets, and compositions, held against loops and autograd."""
+
+import pytest
+import torch
+from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
+
+import roialign
+from roialign.testing import pyramid, random_boxes
+
+SIZE = (32, 40)
+STRIDES = [4, 8]
+SCALES = [1 / s for s in STRIDES]
+BOXES = random_boxes([4, 2], image_size=SIZE)
+
+
+def maps(seed: int = 0, **options) -> list[torch.Tensor]:
+    return pyramid(STRIDES, image_size=SIZE, images=2, channels=3, seed=seed, **options)
+
+
+def stacked(count: int, dim: int = 0) -> list[torch.Tensor]:
+    return [torch.stack(level, dim) for level in zip(*(maps(seed) for seed in range(count)), strict=True)]
+
+
+def pool(*features: torch.Tensor, boxes=BOXES, **options) -> torch.Tensor:
+    return roialign.multiscale_roi_align(features, boxes, (3, 2), SCALES, 2, canonical_scale=14, **options)
+
+
+def loss(*features: torch.Tensor) -> torch.Tensor:
+    return pool(*features).pow(3).sum()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_grad_is_that_of_autograd(layout):
+    features = maps(layout=layout)
+    leaves = [f.clone().requires_grad_() for f in features]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    for actual, e in zip(grad(loss, argnums=(0, 1))(*features), expected, strict=True):
+        assert torch.equal(actual, e)
+        assert actual.stride() == e.stride()
+
+
+def test_grad_of_grad():
+    features = maps(dtype=torch.float64)
+
+    def penalty(*features):
+        return sum(g.pow(2).sum() for g in grad(loss, argnums=(0, 1))(*features))
+
+    leaves = [f.clone().requires_grad_() for f in features]
+    firsts = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+    expected = torch.autograd.grad(sum(g.pow(2).sum() for g in firsts), leaves)
+    for actual, e in zip(grad(penalty, argnums=(0, 1))(*features), expected, strict=True):
+        torch.testing.assert_close(actual, e)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")  # torch's own forward mode uses it
+def test_forward_mode_is_pooling_the_tangents():
+    features, tangents = maps(), maps(seed=1)
+    out, tangent = jvp(pool, tuple(features), tuple(tangents))
+    assert torch.equal(out, pool(*features))
+    assert torch.equal(tangent, pool(*tangents))
+    _, tangent = jvp(lambda first: pool(first, features[1]), (features[0],), (tangents[0],))
+    assert torch.equal(tangent, pool(tangents[0], torch.zeros_like(features[1])))
+
+
+def test_jacrev_is_the_matrix_of_the_operator():
+    features, (tangent, _) = maps(dtype=torch.float64), maps(seed=1, dtype=torch.float64)
+    jacobian = jacrev(pool)(*features)
+    expected = pool(tangent, torch.zeros_like(features[1]))
+    torch.testing.assert_close(torch.tensordot(jacobian, tangent, 4), expected)
+
+
+@pytest.mark.parametrize("dim", [0, 2, 4])
+def test_vmap_over_feature_sets(dim):
+    expected = torch.stack([pool(*maps(seed)) for seed in range(3)])
+    torch.testing.assert_close(vmap(pool, in_dims=dim)(*stacked(3, dim)), expected)
+
+
+def test_vmap_over_one_of_the_maps():
+    first, second = stacked(3)
+    expected = torch.stack([pool(f, second[0]) for f in first])
+    torch.testing.assert_close(vmap(pool, in_dims=(0, None))(first, second[0]), expected)
+
+
+@pytest.mark.parametrize("given_levels", [False, True])
+@pytest.mark.parametrize("own_features", [False, True])
+def test_vmap_over_boxes(own_features, given_levels):
+    features = stacked(3) if own_features else maps()
+    boxes = [
+        torch.stack([random_boxes([count], image_size=SIZE, seed=s)[0] for s in range(3)]) for count in (4, 2)
+    ]
+    levels = torch.arange(18).view(3, 6) % 2
+
+    def one(features, boxes, levels):
+        return pool(*features, boxes=boxes, levels=levels if given_levels else None)
+
+    def member(i):
+        return one([f[i] for f in features] if own_features else features, [b[i] for b in boxes], levels[i])
+
+    actual = vmap(one, in_dims=(0 if own_features else None, 0, 0))(features, boxes, levels)
+    torch.testing.assert_close(actual, torch.stack([member(i) for i in range(3)]))
+
+
+def test_an_image_that_does_not_exist_is_not_the_next_members():
+    rois = torch.tensor([[[0.0, 0, 0, 9, 9]], [[0.0, 0, 0, 9, 9]]])
+    rois[0, 0, 0] = 1.0  # each member has one image
+    with pytest.raises(ValueError, match="must have its image index"):
+        vmap(lambda f, r: roialign.roi_align(f, r, 2))(torch.rand(2, 1, 3, 8, 8), rois)
+
+
+@pytest.mark.parametrize("batched", ["features", "boxes", "both"])
+def test_gradients_per_sample(batched):
+    dims = {"features": (0, None), "boxes": (None, 0), "both": (0, 0)}[batched]
+    features = stacked(3) if dims[0] == 0 else maps()
+    boxes = [torch.stack([random_boxes([4], image_size=SIZE, seed=s)[0] for s in range(3)])]
+    if dims[1] is None:
+        boxes = [boxes[0][0]]
+
+    def loss(features, boxes):
+        return pool(*features, boxes=boxes).pow(2).sum()
+
+    actual = vmap(grad(loss), in_dims=dims)(features, boxes)
+    for i in range(3):
+        own = [f[i] for f in features] if dims[0] == 0 else features
+        expected = grad(loss)(own, [b[i] for b in boxes] if dims[1] == 0 else boxes)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a[i], e)
+
+
+def test_vjp_under_vmap_is_the_adjoint():
+    features = maps(dtype=torch.float64)
+    out, pull = vjp(pool, *features)
+    cotangents = torch.randn(3, *out.shape, dtype=out.dtype)
+    for g, f in zip(vmap(pull)(cotangents), features, strict=True):
+        assert g.shape == (3, *f.shape)
+    dots = [(c * out).sum() for c in cotangents]
+    pulled = vmap(pull)(cotangents)
+    for i, dot in enumerate(dots):
+        torch.testing.assert_close(sum((g[i] * f).sum() for g, f in zip(pulled, features, strict=True)), dot)
+
+
+def test_functional_call_and_grad_in_the_parameters():
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Conv2d(3, 2, 1)
+            self.pool = roialign.MultiScaleRoIAlign(["0", "1"], 2, 2)
+
+        def forward(self, features):
+            return self.pool(dict(zip("01", map(self.scale, features), strict=True)), BOXES, [SIZE] * 2)
+
+    head, features = Head(), maps()
+    params = dict(head.named_parameters())
+    actual = grad(lambda p: functional_call(head, p, (features,)).square().sum())(params)
+    head(features).square().sum().backward()
+    for name, parameter in head.named_parameters():
+        torch.testing.assert_close(actual[name], parameter.grad)
+
+
+def test_compiled_gradient():
+    torch._dynamo.reset()
+    features = maps()
+    compiled = torch.compile(grad(loss, argnums=(0, 1)), backend="aot_eager", fullgraph=True)
+    for actual, e in zip(compiled(*features), grad(loss, argnums=(0, 1))(*features), strict=True):
+        torch.testing.assert_close(actual, e)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.:FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace():
+    feature, boxes = maps()[0], random_boxes([3], image_size=SIZE)[0]
+    traced = torch.jit.trace(lambda f, b: roialign.roi_align(f, [b], 2, 1 / 4, 2), (feature, boxes))
+    for count in (0, 1, 7):
+        other = random_boxes([count], image_size=SIZE, seed=1)[0]
+        assert torch.equal(traced(feature, other), roialign.roi_align(feature, [other], 2, 1 / 4, 2))
