@@ -1,5 +1,6 @@
 """Both operators in plain ATen: eager's numbers, and a compiled program that runs without this package."""
 
+import doctest
 import os
 import subprocess
 import sys
@@ -214,3 +215,8 @@ def test_package_runs_where_roialign_cannot_be_imported(tmp_path):
     command = [sys.executable, "-c", ALONE, package, str(tmp_path / "cases.pt")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=os.environ)
     assert done.stdout == "same\n", done.stderr
+
+
+def test_example_of_the_docstring():
+    result = doctest.testmod(roialign, extraglobs={"torch": torch})
+    assert (result.failed, result.attempted) == (0, 5)

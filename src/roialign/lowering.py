@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch._higher_order_ops.while_loop  # puts it into torch.ops
 from torch import Tensor
 
 from .levels import assign_levels, map_levels_of
@@ -107,10 +108,7 @@ def backward(
     canonical_scale: float,
     canonical_level: float,
 ) -> list[Tensor]:
-    """The operator `roialign::multiscale_roi_align_backward`.
-
-    Unlike the engines' it is not always bitwise repeatable: Inductor adds with atomics.
-    """
+    """The operator `roialign::multiscale_roi_align_backward`, with the same bits every time."""
     images, channels, *sides = shape
     sizes = list(zip(sides[::2], sides[1::2], strict=True))
     pooled = (grad.shape[2], grad.shape[3])
@@ -260,7 +258,7 @@ def _over_points(
         """At least 1, also when there is no RoI.
 
         AOTInductor takes the memory of what a loop starts from for something else after the loop, even
-        when the loop, not run once, has handed on just that.
+        when the loop, not run once, has handed on just that: https://github.com/pytorch/pytorch/issues/146213
         """
         number = torch.where(layout.poolable[:, None], axis.number, 1.0).flatten()
         most = torch.cat((number, number.new_ones(1))).amax()
