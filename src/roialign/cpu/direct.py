@@ -5,8 +5,8 @@ import numpy as np
 from .jit import kernel
 from .lanes import ALL_LANES
 from .simd import LANES, fetch_add, get, put, size_of
-from .sums import PH, PW, SUM_ENTRIES, ZERO, bins_at_once, sub_channel, sum_columns, sum_rows
-from .tables import AT, COLUMN_STEP, IMAGE_STEP, MAP_COLUMNS, ROW_STEP
+from .sums import PH, PW, SUM_ENTRIES, bins_at_once, sub_channel, sum_columns, sum_rows
+from .tables import AT, COLUMN_STEP, IMAGE_STEP, MAP_COLUMNS, ROW_STEP, ZERO
 
 SUBS = np.int64(4)  # blocks of 16 channels that are read at once
 ROIS = np.int64(8)  # in a task

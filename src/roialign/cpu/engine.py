@@ -124,11 +124,11 @@ def _forward_slab(
     for (dtype, in_place), order in _by_kind([_kind(f, channels) for f in features], t):
         tags = (_TAG[dtype], _WORK[rois.dtype], _TAG[out.dtype])
         job: tuple[Any, ...] = (*tags, maps.at, maps.number, pooled.buffer_info()[0])
-        rest = (order.data_ptr(), t.map_of.data_ptr(), t.ys.at, t.xs.at)
+        tables_at = (t.map_of.data_ptr(), t.ys.at, t.xs.at)
         if in_place:
             subs = int(direct_kernel.SUBS)
             entries = direct_kernel.entries(columns, width)
-            job += (order.data_ptr(), len(order), *rest[1:], channels)
+            job += (order.data_ptr(), len(order), *tables_at, channels)
             tasks = math.ceil(len(order) / direct_kernel.ROIS)
             line = max(maps.height, maps.width * subs, height * subs, width)
             _run(direct_kernel.run, job, line, entries, rois.dtype, tasks, work)
@@ -136,10 +136,10 @@ def _forward_slab(
             blocks = math.ceil(channels / LANES)
             most = max(64, len(rois) * blocks // (_TASKS_PER_THREAD * torch.get_num_threads()))
             groups = torch.empty((len(order), int(forward_kernel.GROUP_COLUMNS)), dtype=torch.int64)
-            n = forward_kernel.group(rest[0], len(order), *rest[1:], most, groups.data_ptr())
+            n = forward_kernel.group(order.data_ptr(), len(order), *tables_at, most, groups.data_ptr())
             cells = int(groups[:n, forward_kernel.CELLS].amax()) if n else 0
             entries = forward_kernel.entries(cells, columns, width)
-            job += (groups.data_ptr(), n, *rest, channels)
+            job += (groups.data_ptr(), n, order.data_ptr(), *tables_at, channels)
             line = max(maps.height, maps.width, height, width)
             _run(forward_kernel.run, job, line, entries, rois.dtype, n * blocks, work)
 

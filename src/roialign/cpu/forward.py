@@ -5,8 +5,8 @@ import numpy as np
 from .jit import kernel
 from .lanes import to_block
 from .simd import LANES, fetch_add, get, put, size_of
-from .sums import ONE, PH, PW, SUM_ENTRIES, ZERO, bins_at_once, sum_columns, sum_rows
-from .tables import AT, CHANNEL_STEP, COLUMN_STEP, IMAGE_STEP, MAP_COLUMNS, ROW_STEP, WIDTH
+from .sums import PH, PW, SUM_ENTRIES, bins_at_once, sum_columns, sum_rows
+from .tables import AT, CHANNEL_STEP, COLUMN_STEP, IMAGE_STEP, MAP_COLUMNS, ONE, ROW_STEP, WIDTH, ZERO
 
 # The columns of `groups`: its RoIs, the columns of the map they need, rows kept (0: each RoI packs
 # its own cells), and cells of scratch.

@@ -10,8 +10,7 @@ import numpy as np
 from .jit import kernel
 from .lanes import REPLACE, combine, from_block
 from .simd import LANES, get, put, size_of
-
-ZERO, ONE = np.arange(2)
+from .tables import ONE, ZERO
 
 # What `out` says of the pooled tensor: where it is, its steps in bytes, its bins.
 OUT_AT, OUT_ROI_STEP, OUT_CHANNEL_STEP, OUT_BIN_STEP, PH, PW = np.arange(6)
