@@ -12,9 +12,21 @@ from typing import Any
 import numpy as np
 
 from .jit import kernel
-from .lanes import ADD, REPLACE, combine, from_block, to_block, zero_cells
+from .lanes import (
+    ADD,
+    OUT_AT,
+    OUT_BIN_STEP,
+    OUT_CHANNEL_STEP,
+    OUT_ROI_STEP,
+    PH,
+    PW,
+    REPLACE,
+    combine,
+    from_block,
+    to_block,
+    zero_cells,
+)
 from .simd import LANES, fetch_add, get, put, size_of
-from .sums import OUT_AT, OUT_BIN_STEP, OUT_CHANNEL_STEP, OUT_ROI_STEP, PH, PW
 from .tables import AT, CHANNEL_STEP, COLUMN_STEP, HEIGHT, IMAGE_STEP, MAP_COLUMNS, ROW_STEP, ZERO
 
 # The columns of `strips`.

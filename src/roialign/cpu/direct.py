@@ -1,15 +1,34 @@
-"""Forward from maps whose channels lie innermost: read in place, 64 channels at a time."""
+"""Forward between tensors whose channels lie innermost: nothing is packed, cells are read in place.
+
+Sums are not split into rows and columns here. A bin of a fixed grid reads about as many cells as the
+two halves would, and needs no memory between them.
+"""
+
+import math
 
 import numpy as np
 
 from .jit import kernel
-from .lanes import ALL_LANES
-from .simd import LANES, fetch_add, get, put, size_of
-from .sums import PH, PW, SUM_ENTRIES, bins_at_once, sub_channel, sum_columns, sum_rows
-from .tables import AT, COLUMN_STEP, IMAGE_STEP, MAP_COLUMNS, ROW_STEP, ZERO
+from .lanes import OUT_AT, OUT_BIN_STEP, OUT_ROI_STEP, PH, PW
+from .simd import (
+    LANES,
+    fetch_add,
+    fma,
+    get,
+    load,
+    load_one,
+    prefetch_write,
+    put,
+    size_of,
+    store,
+    store_one,
+    zeros,
+)
+from .tables import AT, COLUMN_STEP, IMAGE_STEP, MAP_COLUMNS, ONE, ROW_STEP, ZERO
 
-SUBS = np.int64(4)  # blocks of 16 channels that are read at once
 ROIS = np.int64(8)  # in a task
+CELLS = np.int64(2**10)  # of a row of bins that are listed at once; a sum of many such sums is more exact
+WIDE = np.int64(4 * LANES)
 
 
 @kernel
@@ -17,7 +36,6 @@ def run(
     counter, src_tag, tag, out_tag, maps, levels, out, order, rois, map_of, ys, xs, channels, scratch
 ):  # fmt: skip
     """Take tasks until none is left. A task is a few RoIs with all their channels."""
-    last = channels - LANES
     tasks = (rois + ROIS - 1) // ROIS
     task = fetch_add(counter)
     while task < tasks:
@@ -26,32 +44,82 @@ def run(
             home = get(map_of, k)
             m = maps + 8 * (home % levels) * MAP_COLUMNS
             src = get(m, AT) + home // levels * get(m, IMAGE_STEP)
-            for c0 in range(0, channels, SUBS * LANES):
-                subs = min(SUBS, (channels - c0 + LANES - 1) // LANES)
-                units = get(xs.touched, k) * subs
-                step = bins_at_once(units, get(out, PW) * subs)
-                for p0 in range(0, get(out, PH), step):
-                    p1 = min(p0 + step, get(out, PH))
-                    _place_in_map(src_tag, m, scratch, ys, xs, k, c0, last, subs)
-                    sum_rows(src_tag, src, tag, scratch, ZERO, units, units, ys, k, get(out, PH), p0, p1)
-                    sum_columns(tag, out_tag, out, scratch, xs, k, c0, last, ALL_LANES, subs, p0, p1)
+            x_taps, columns = xs.taps + 8 * get(xs.base, k), xs.cells + 8 * get(xs.base, k)
+            n = get(xs.start, k * (get(out, PW) + 1) + get(out, PW))
+            for t in range(n):
+                put(scratch.src_column, t, get(columns, get(x_taps, t)) * get(m, COLUMN_STEP))
+            rows_at_once = max(ONE, CELLS // max(ONE, n))
+            for p in range(get(out, PH)):
+                y0 = get(ys.start, k * (get(out, PH) + 1) + p)
+                stop = get(ys.start, k * (get(out, PH) + 1) + p + 1)
+                first, last = True, False
+                while not last:
+                    y1 = min(y0 + rows_at_once, stop)
+                    last = y1 == stop
+                    _list_cells(tag, m, scratch, ys, xs, k, y0, y1, get(out, PW))
+                    _sum_cells(src_tag, src, tag, out_tag, out, scratch, k, p, channels, first, last)
+                    y0, first = y1, False
         task = fetch_add(counter)
 
 
 @kernel
-def _place_in_map(src_tag, m, scratch, ys, xs, k, c0, last, subs):
-    """Where the cells that RoI k touches lie in the map."""
-    cells = ys.cells + 8 * get(ys.base, k)
-    for i in range(get(ys.touched, k)):
-        put(scratch.src_row, i, get(cells, i) * get(m, ROW_STEP))
-    cells = xs.cells + 8 * get(xs.base, k)
-    for sub in range(subs):
-        channel = sub_channel(sub, c0, last) * size_of(src_tag)
-        for i in range(get(xs.touched, k)):
-            put(scratch.src_column, i * subs + sub, get(cells, i) * get(m, COLUMN_STEP) + channel)
+def _list_cells(tag, m, scratch, ys, xs, k, y0, y1, bins):
+    """For each bin of a row, the offsets and weights of the cells it reads in the rows of taps `y0:y1`."""
+    size = size_of(tag)
+    rows, y_taps = ys.cells + 8 * get(ys.base, k), ys.taps + 8 * get(ys.base, k)
+    y_weights, x_weights = ys.weights + size * get(ys.base, k), xs.weights + size * get(xs.base, k)
+    x_start = xs.start + 8 * k * (bins + 1)
+    n = ZERO
+    for q in range(bins):
+        put(scratch.dst_row, q, n)
+        for y in range(y0, y1):
+            row, weight = get(rows, get(y_taps, y)) * get(m, ROW_STEP), load_one(tag, y_weights + y * size)
+            for x in range(get(x_start, q), get(x_start, q + 1)):
+                put(scratch.src_row, n, row + get(scratch.src_column, x))
+                store_one(tag, scratch.cells + n * size, weight * load_one(tag, x_weights + x * size))
+                n += 1
+    put(scratch.dst_row, bins, n)
 
 
-def entries(columns: int, pooled_width: int) -> tuple[int, int, int]:
-    """Entries of 16 numbers that a thread needs for packed cells (none), row sums and results."""
-    least, subs = int(SUM_ENTRIES), int(SUBS)
-    return 0, max(least, columns * subs), max(least, pooled_width * subs)
+@kernel
+def _sum_cells(src_tag, src, tag, out_tag, out, scratch, k, p, channels, first, last):
+    """Sum the listed cells into a row of bins or, while more lists are to come, into scratch."""
+    bins = get(out, PW)
+    step, keep, out_step = LANES * size_of(src_tag), LANES * size_of(tag), LANES * size_of(out_tag)
+    to = get(out, OUT_AT) + k * get(out, OUT_ROI_STEP) + p * bins * get(out, OUT_BIN_STEP)
+    part, one = scratch.sums, type(tag)(1)
+    for q in range(bins):
+        bin_at = to + q * get(out, OUT_BIN_STEP)
+        for byte in range(0, channels * size_of(out_tag) if last else ZERO, 64):
+            prefetch_write(bin_at + byte)
+        for c in range(0, channels, WIDE):
+            c = min(c, channels - WIDE)  # the last may overlap the one before, to be whole
+            at = src + c * size_of(src_tag)
+            s0 = s1 = s2 = s3 = zeros(tag)
+            for t in range(get(scratch.dst_row, q), get(scratch.dst_row, q + 1)):
+                cell = at + get(scratch.src_row, t)
+                weight = load_one(tag, scratch.cells + t * size_of(tag))
+                s0 = fma(weight, load(src_tag, cell), s0)
+                s1 = fma(weight, load(src_tag, cell + step), s1)
+                s2 = fma(weight, load(src_tag, cell + 2 * step), s2)
+                s3 = fma(weight, load(src_tag, cell + 3 * step), s3)
+            if not first:
+                s0, s1 = fma(one, load(tag, part), s0), fma(one, load(tag, part + keep), s1)
+                s2, s3 = fma(one, load(tag, part + 2 * keep), s2), fma(one, load(tag, part + 3 * keep), s3)
+            if last:
+                pooled = bin_at + c * size_of(out_tag)
+                store(out_tag, pooled, s0)
+                store(out_tag, pooled + out_step, s1)
+                store(out_tag, pooled + 2 * out_step, s2)
+                store(out_tag, pooled + 3 * out_step, s3)
+            else:
+                store(tag, part, s0)
+                store(tag, part + keep, s1)
+                store(tag, part + 2 * keep, s2)
+                store(tag, part + 3 * keep, s3)
+            part += 4 * keep
+
+
+def entries(most: int, channels: int, pooled_width: int) -> tuple[int, int, int]:
+    """Entries of 16 numbers that a thread needs for weights, sums of a row of bins, and results (none)."""
+    return math.ceil(most / LANES), pooled_width * math.ceil(channels / WIDE) * 4, 0

@@ -18,9 +18,9 @@ from . import direct as direct_kernel
 from . import forward as forward_kernel
 from . import tables, threads
 from .jit import cache_folder as cache_folder
+from .lanes import Scratch
 from .memory import empty as empty
 from .simd import LANES, TAGS
-from .sums import Scratch
 
 _TAG = {getattr(torch, name): tag for name, tag in TAGS.items()}
 _WORK = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
@@ -121,17 +121,16 @@ def _forward_slab(
         out[t.map_of < 0] = torch.nan
     work = (t.ys.taps + t.xs.taps) * channels
     columns = int(t.xs.array("touched").max())
-    for (dtype, in_place), order in _by_kind([_kind(f, channels) for f in features], t):
+    for (dtype, in_place), order in _by_kind([_kind(f, out) for f in features], t):
         tags = (_TAG[dtype], _WORK[rois.dtype], _TAG[out.dtype])
         job: tuple[Any, ...] = (*tags, maps.at, maps.number, pooled.buffer_info()[0])
         tables_at = (t.map_of.data_ptr(), t.ys.at, t.xs.at)
         if in_place:
-            subs = int(direct_kernel.SUBS)
-            entries = direct_kernel.entries(columns, width)
+            most = max(int(direct_kernel.CELLS), int(np.diff(t.xs.array("base")).max()))
+            entries = direct_kernel.entries(most, channels, width)
             job += (order.data_ptr(), len(order), *tables_at, channels)
             tasks = math.ceil(len(order) / direct_kernel.ROIS)
-            line = max(maps.height, maps.width * subs, height * subs, width)
-            _run(direct_kernel.run, job, line, entries, rois.dtype, tasks, work)
+            _run(direct_kernel.run, job, max(most, width + 1), entries, rois.dtype, tasks, work)
         else:
             blocks = math.ceil(channels / LANES)
             most = max(64, len(rois) * blocks // (_TASKS_PER_THREAD * torch.get_num_threads()))
@@ -255,9 +254,10 @@ def _turned(table: Table, bins: int, dtype: torch.dtype) -> Table:
     return turned
 
 
-def _kind(feature: Tensor, channels: int) -> tuple[torch.dtype, bool]:
+def _kind(feature: Tensor, out: Tensor) -> tuple[torch.dtype, bool]:
     """What a map is read as, and whether in place."""
-    return feature.dtype, feature.stride(1) == 1 and channels >= LANES
+    in_place = feature.stride(1) == out.stride(1) == 1 and out.shape[1] >= int(direct_kernel.WIDE)
+    return feature.dtype, in_place
 
 
 def _by_kind(

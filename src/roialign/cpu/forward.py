@@ -3,9 +3,19 @@
 import numpy as np
 
 from .jit import kernel
-from .lanes import to_block
-from .simd import LANES, fetch_add, get, put, size_of
-from .sums import PH, PW, SUM_ENTRIES, bins_at_once, sum_columns, sum_rows
+from .lanes import (
+    OUT_AT,
+    OUT_BIN_STEP,
+    OUT_CHANNEL_STEP,
+    OUT_ROI_STEP,
+    PH,
+    PW,
+    REPLACE,
+    combine,
+    from_block,
+    to_block,
+)
+from .simd import LANES, fetch_add, get, prefetch_write, put, size_of
 from .tables import AT, CHANNEL_STEP, COLUMN_STEP, IMAGE_STEP, MAP_COLUMNS, ONE, ROW_STEP, WIDTH, ZERO
 
 # The columns of `groups`: its RoIs, the columns of the map they need, rows kept (0: each RoI packs
@@ -17,6 +27,8 @@ PACK_CELLS = np.int64(2**17)  # most cells packed at once: 8 MB of float32, whic
 WORTH = 2.0  # how much dearer packing a cell for one RoI is than for a group
 FEW = np.int64(8)  # RoIs of a group that shares nothing
 TILE = np.int64(8)  # columns that are transposed at once
+SUM_ENTRIES = np.int64(2**12)  # row sums, and results, kept at once
+ANNOUNCED = np.int64(2**12)  # most bytes of a result that are asked for before it is written
 
 
 @kernel
@@ -90,18 +102,27 @@ def run(
             columns = get(xs.touched, k)
             if shared and columns:
                 ready = _pack_rows(src_tag, src, m, lanes, tag, scratch, group, ys, k, ready)
-            step = bins_at_once(columns, get(out, PW))
+            _announce(out, k, c0, lanes)
+            step = max(ONE, SUM_ENTRIES // max(columns, get(out, PW)))
             for p0 in range(0, get(out, PH), step):
                 p1 = min(p0 + step, get(out, PH))
                 if shared:
                     _place_in_ring(tag, scratch, group, ys, xs, k)
-                    sum_rows(
-                        tag, scratch.cells, tag, scratch, ZERO, columns, columns, ys, k, get(out, PH), p0, p1
-                    )
+                    _sum_rows(tag, scratch, ZERO, columns, columns, ys, k, get(out, PH), p0, p1)
                 else:
                     _sum_own_cells(src_tag, src, m, lanes, tag, scratch, ys, xs, k, get(out, PH), p0, p1)
-                sum_columns(tag, out_tag, out, scratch, xs, k, c0, c0, lanes, ONE, p0, p1)
+                _sum_columns(tag, out_tag, out, scratch, xs, k, c0, lanes, p0, p1)
         task = fetch_add(counter)
+
+
+@kernel
+def _announce(out, k, c0, lanes):
+    """Ask for the memory of a result, which is written after the sums, unless it is spread out."""
+    channel_step = get(out, OUT_CHANNEL_STEP)
+    to = get(out, OUT_AT) + k * get(out, OUT_ROI_STEP) + c0 * channel_step
+    if channel_step > get(out, OUT_BIN_STEP):
+        for byte in range(0, min(lanes * channel_step, ANNOUNCED), 64):
+            prefetch_write(to + byte)
 
 
 @kernel
@@ -158,8 +179,48 @@ def _sum_own_cells(src_tag, src, m, lanes, tag, scratch, ys, xs, k, bins, p0, p1
             put(scratch.src_row, i, i * span * entry)
         for u in range(u0, u1):
             put(scratch.src_column, u - u0, (get(cells, u) - left) * entry)
-        sum_rows(tag, scratch.cells, tag, scratch, u0, u1 - u0, columns, ys, k, bins, p0, p1)
+        _sum_rows(tag, scratch, u0, u1 - u0, columns, ys, k, bins, p0, p1)
         u0 = u1
+
+
+@kernel
+def _sum_rows(tag, scratch, first, n, columns, ys, k, bins, p0, p1):
+    """Sum packed cells, for the rows of bins `p0:p1` and the columns `first:first + n` of `columns`."""
+    entry = LANES * size_of(tag)
+    for p in range(p0, p1):
+        put(scratch.dst_row, p, (p - p0) * columns * entry)
+    for u in range(n):
+        put(scratch.dst_column, u, (first + u) * entry)
+    base = get(ys.base, k)
+    combine(
+        tag, scratch.cells, scratch.src_row, scratch.src_column,
+        tag, scratch.sums, scratch.dst_row, scratch.dst_column, n,
+        ys.start + 8 * k * (bins + 1), ys.taps + 8 * base, ys.weights + size_of(tag) * base, p0, p1, REPLACE,
+    )  # fmt: skip
+
+
+@kernel
+def _sum_columns(tag, out_tag, out, scratch, xs, k, c0, lanes, p0, p1):
+    """From row sums to bins. They pass through scratch, where sums over many taps can grow."""
+    entry = LANES * size_of(tag)
+    bins, columns = get(out, PW), get(xs.touched, k)
+    for u in range(columns):
+        put(scratch.src_row, u, u * entry)
+    for q in range(bins):
+        put(scratch.dst_row, q, q * entry)
+    for p in range(p1 - p0):
+        put(scratch.src_column, p, p * columns * entry)
+        put(scratch.dst_column, p, p * bins * entry)
+    base = get(xs.base, k)
+    combine(
+        tag, scratch.sums, scratch.src_row, scratch.src_column,
+        tag, scratch.results, scratch.dst_row, scratch.dst_column, p1 - p0,
+        xs.start + 8 * k * (bins + 1), xs.taps + 8 * base, xs.weights + size_of(tag) * base,
+        ZERO, bins, REPLACE,
+    )  # fmt: skip
+    bin_step, channel_step = get(out, OUT_BIN_STEP), get(out, OUT_CHANNEL_STEP)
+    to = get(out, OUT_AT) + k * get(out, OUT_ROI_STEP) + p0 * bins * bin_step + c0 * channel_step
+    from_block(tag, scratch.results, out_tag, to, bin_step, channel_step, (p1 - p0) * bins, lanes)
 
 
 def entries(cells: int, columns: int, pooled_width: int) -> tuple[int, int, int]:

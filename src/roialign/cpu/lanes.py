@@ -4,13 +4,42 @@ A *block* holds 16 channels of some cells: `[cell][16]`, in the working precisio
 steps are in bytes.
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from .jit import kernel
-from .simd import LANES, fma, get, load, load_one, size_of, store, store_one, transpose8, zeros
+from .simd import (
+    LANES,
+    fma,
+    get,
+    load,
+    load_one,
+    prefetch_read,
+    size_of,
+    store,
+    store_one,
+    transpose8,
+    zeros,
+)
 
-ALL_LANES = np.int64(LANES)
+# What `out` says of the pooled tensor: where it is, its steps in bytes, its bins.
+OUT_AT, OUT_ROI_STEP, OUT_CHANNEL_STEP, OUT_BIN_STEP, PH, PW = np.arange(6)
+
+AHEAD = np.int64(512)  # bytes of a long run that are asked for before they are read
 REPLACE, ADD = np.bool_(False), np.bool_(True)
+
+
+class Scratch(NamedTuple):
+    """Addresses of a thread's own memory."""
+
+    src_row: Any  # where source rows, source columns, target rows and target columns of a sum lie
+    src_column: Any
+    dst_row: Any
+    dst_column: Any
+    cells: Any  # entries of 16 numbers: packed cells, row sums, results
+    sums: Any
+    results: Any
 
 
 @kernel
@@ -81,12 +110,20 @@ def to_block(src_tag, src, cell_step, channel_step, tag, block, cells, channels)
     """Read a run of cells of up to 16 channels of a map into a block; missing channels become 0."""
     size = size_of(tag)
     step = LANES * size
+    if channel_step == size_of(src_tag) and channels == LANES:
+        for i in range(cells):
+            store(tag, block + i * step, load(src_tag, src + i * cell_step))
+        return
     tiled = cells >= 8 and cell_step == size_of(src_tag)
+    long = cells * cell_step > AHEAD
     lanes = channels - channels % 8 if tiled else 0
-    for lane in range(0, lanes, 8):
-        for i in range(0, cells, 8):
-            i = min(i, cells - 8)  # the last tile may overlap the one before
+    for i in range(0, cells if tiled else 0, 8):
+        i = min(i, cells - 8)  # the last tile may overlap the one before
+        for lane in range(0, lanes, 8):
             from_ = src + lane * channel_step + i * cell_step
+            if long:
+                for row in range(8):
+                    prefetch_read(from_ + row * channel_step + AHEAD)
             transpose8(src_tag, from_, channel_step, tag, block + i * step + lane * size, step)
     for lane in range(lanes, LANES):
         for i in range(cells):

@@ -195,6 +195,38 @@ def transpose8(
     return sig, codegen
 
 
+def _prefetch(builder: ir.IRBuilder, address: ir.Value, write: int) -> None:
+    byte, number = ir.IntType(8), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), number, number, number])
+    function = builder.module.declare_intrinsic("llvm.prefetch", [byte.as_pointer()], kind)
+    nearest, data = number(3), number(1)
+    builder.call(function, [builder.inttoptr(address, byte.as_pointer()), number(write), nearest, data])
+
+
+@intrinsic
+def prefetch_read(typing: Any, address: Any) -> Any:
+    """Ask for the cache line at an address, soon to be read. It need not be there: nothing is read."""
+    sig = types.void(types.intp)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _prefetch(builder, args[0], 0)
+        return context.get_dummy_value()
+
+    return sig, codegen
+
+
+@intrinsic
+def prefetch_write(typing: Any, address: Any) -> Any:
+    """Ask for the cache line at an address, soon to be written. It need not be there."""
+    sig = types.void(types.intp)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _prefetch(builder, args[0], 1)
+        return context.get_dummy_value()
+
+    return sig, codegen
+
+
 @intrinsic
 def fetch_add(typing: Any, address: Any) -> Any:
     """Add one to the int64 at an address, atomically; return what it was."""
