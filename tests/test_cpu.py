@@ -15,7 +15,7 @@ from roialign.testing import assert_within_budget, random_boxes
 
 numba = pytest.importorskip("numba")
 
-from roialign.cpu import engine, jit, memory, threads  # noqa: E402
+from roialign.cpu import engine, jit, memory  # noqa: E402
 
 
 def grads_of(feature, boxes, *args):
@@ -245,11 +245,18 @@ def test_a_full_disk_costs_time_only(monkeypatch, caplog):
 
 
 def test_scratch_is_kept_and_grows():
-    first = threads.scratch(1000)
+    def address(size, use="one"):
+        block = memory.scratch(use, size)
+        assert len(block) == size
+        return block.ctypes.data
+
+    first = address(1000)
     assert first % 64 == 0
-    assert threads.scratch(900) == first
-    threads.scratch(10_000_000)
-    assert threads.scratch(9_000_000) == threads.scratch(10_000_000)
+    assert address(900) == first != address(900, "another")
+    large = address(10_000_000)
+    assert address(9_000_000) == large
+    assert len(memory.scratch("one", 20_000_000)) == 20_000_000
+    assert "one" not in memory._local.__dict__  # too much to keep
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import numpy as np
 from .jit import kernel
 from .lanes import (
     ADD,
+    AHEAD,
     OUT_AT,
     OUT_BIN_STEP,
     OUT_CHANNEL_STEP,
@@ -157,7 +158,7 @@ def _sum_columns(grad_tag, grad, k, c0, lanes, tag, scratch, xs, x0, x1):
             start, taps, weights, x0, x1, REPLACE,
         )  # fmt: skip
     else:
-        to_block(grad_tag, at, bin_step, channel_step, tag, scratch.results, height * width, lanes)
+        to_block(grad_tag, at, bin_step, channel_step, tag, scratch.results, height * width, lanes, AHEAD)
         combine(
             tag, scratch.results, scratch.src_row, scratch.src_column,
             tag, scratch.sums, scratch.dst_row, scratch.dst_column, height,

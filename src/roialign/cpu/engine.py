@@ -20,6 +20,7 @@ from . import tables, threads
 from .jit import cache_folder as cache_folder
 from .lanes import Scratch
 from .memory import empty as empty
+from .memory import scratch
 from .simd import LANES, TAGS
 
 _TAG = {getattr(torch, name): tag for name, tag in TAGS.items()}
@@ -42,15 +43,15 @@ class Table(NamedTuple):
     """The tables of one axis: where they are, and the memory that holds them."""
 
     at: tables.AxisAt
-    memory: Tensor
+    memory: NDArray[np.int64]
     rois: int
     taps: int  # room for how many
 
     def array(self, name: str) -> NDArray[np.int64]:
         """One of the tables of integers as an array, to look at all RoIs at once."""
-        start = (getattr(self.at, name) - self.memory.data_ptr()) // 8
+        start = (getattr(self.at, name) - self.at.base) // 8
         n = {"base": self.rois + 1, "touched": self.rois}.get(name, self.taps)
-        return self.memory[start : start + n].numpy()
+        return self.memory[start : start + n]
 
 
 class Tables(NamedTuple):
@@ -164,7 +165,7 @@ def backward(
     rois = rois.contiguous()
     rule = _rule(rois, levels, scales, canonical_scale, canonical_level)
     t = _tables(rois, rule, maps, height, width, sampling_ratio, aligned)
-    ys, xs = _turned(t.ys, height, rois.dtype), _turned(t.xs, width, rois.dtype)
+    ys, xs = _turned("rows", t.ys, height, rois.dtype), _turned("columns", t.xs, width, rois.dtype)
     tasks = _TASKS_PER_THREAD * torch.get_num_threads()
     most = math.ceil(maps.width * min(1.0, blocks / tasks))
     homes, touched, base, cells = (t.map_of[t.order].numpy(), *map(t.ys.array, ("touched", "base", "cells")))
@@ -214,40 +215,40 @@ def _tables(
         tag, rois.data_ptr(), n, levels, maps.number, maps.at, scales, maps.images,
         rule.climb.ctypes.data, len(rule.climb), rule.canonical_scale, map_of.data_ptr(),
     )  # fmt: skip
-    scratch = torch.empty(max(maps.height, maps.width, maps.images * maps.all_heights + 1), dtype=torch.int64)
+    lines = scratch("lines", 8 * max(maps.height, maps.width, maps.images * maps.all_heights + 1))
 
     def axis(column: Any, bins: int, extent_column: Any) -> Table:
         geometry: tuple[Any, ...] = (tag, rois.data_ptr(), n, maps.at, maps.number, scales, map_of.data_ptr())
         geometry += (column, bins, extent_column)
         taps = n * 2 * sampling_ratio * bins
         if sampling_ratio <= 0:
-            counted = torch.empty(n + 1, dtype=torch.int64)
-            tables.count(*geometry, aligned, counted.data_ptr())
-            taps = int(counted[n])
-        table = _empty_table(n, n * (bins + 1), taps, rois.dtype)
+            base = scratch("base", 8 * (n + 1)).view(np.int64)
+            tables.count(*geometry, aligned, base.ctypes.data)
+            taps = int(base[n])
+        table = _empty_table(f"axis {column}", n, n * (bins + 1), taps, rois.dtype)
         if sampling_ratio <= 0:
-            table.memory[: n + 1] = counted
-        tables.fill(*geometry, sampling_ratio, aligned, scratch.data_ptr(), table.at)
+            table.memory[: n + 1] = base
+        tables.fill(*geometry, sampling_ratio, aligned, lines.ctypes.data, table.at)
         return table
 
     ys = axis(tables.Y1, height, tables.HEIGHT)
     xs = axis(tables.X1, width, tables.WIDTH)
     order = torch.empty(poolable, dtype=torch.int64)
     rows = maps.images * maps.all_heights
-    tables.sort(map_of.data_ptr(), n, maps.at, maps.number, ys.at, scratch.data_ptr(), rows, order.data_ptr())
+    tables.sort(map_of.data_ptr(), n, maps.at, maps.number, ys.at, lines.ctypes.data, rows, order.data_ptr())
     return Tables(map_of, order, ys, xs)
 
 
-def _empty_table(rois: int, starts: int, taps: int, dtype: torch.dtype) -> Table:
+def _empty_table(use: str, rois: int, starts: int, taps: int, dtype: torch.dtype) -> Table:
     sizes = (rois + 1, starts, taps, taps, rois, -(-taps * dtype.itemsize // 8))
     *ends, total = itertools.accumulate(sizes)
-    memory = torch.empty(total, dtype=torch.int64)
-    at = memory.data_ptr()
+    memory = scratch(use, 8 * total).view(np.int64)
+    at = memory.ctypes.data
     return Table(tables.AxisAt(at, *(at + 8 * end for end in ends)), memory, rois, taps)
 
 
-def _turned(table: Table, bins: int, dtype: torch.dtype) -> Table:
-    turned = _empty_table(table.rois, table.taps + table.rois, table.taps, dtype)
+def _turned(use: str, table: Table, bins: int, dtype: torch.dtype) -> Table:
+    turned = _empty_table(use, table.rois, table.taps + table.rois, table.taps, dtype)
     shared = {name: getattr(table.at, name) for name in ("base", "cells", "touched")}
     turned = turned._replace(at=turned.at._replace(**shared))
     tables.turn_around(_WORK[dtype], table.rois, bins, table.at, turned.at)

@@ -4,6 +4,7 @@ import numpy as np
 
 from .jit import kernel
 from .lanes import (
+    AHEAD,
     OUT_AT,
     OUT_BIN_STEP,
     OUT_CHANNEL_STEP,
@@ -24,7 +25,7 @@ START, STOP, LEFT, SPAN, RING, CELLS = np.arange(6)
 GROUP_COLUMNS = np.int64(6)
 
 PACK_CELLS = np.int64(2**17)  # most cells packed at once: 8 MB of float32, which a cache holds
-WORTH = 2.0  # how much dearer packing a cell for one RoI is than for a group
+WORTH = 3.0  # how much dearer packing a cell for one RoI is than for a group
 FEW = np.int64(8)  # RoIs of a group that shares nothing
 TILE = np.int64(8)  # columns that are transposed at once
 SUM_ENTRIES = np.int64(2**12)  # row sums, and results, kept at once
@@ -137,7 +138,7 @@ def _pack_rows(src_tag, src, m, lanes, tag, scratch, group, ys, k, ready):
     for row in range(max(ready + 1, get(cells, 0)), last + 1):
         from_ = src + row * get(m, ROW_STEP) + left * get(m, COLUMN_STEP)
         to = scratch.cells + row % ring * span * LANES * size_of(tag)
-        to_block(src_tag, from_, get(m, COLUMN_STEP), get(m, CHANNEL_STEP), tag, to, span, lanes)
+        to_block(src_tag, from_, get(m, COLUMN_STEP), get(m, CHANNEL_STEP), tag, to, span, lanes, AHEAD)
     return max(ready, last)
 
 
@@ -175,7 +176,17 @@ def _sum_own_cells(src_tag, src, m, lanes, tag, scratch, ys, xs, k, bins, p0, p1
         for i in range(rows):
             from_ = src + get(row_cells, i) * get(m, ROW_STEP) + left * get(m, COLUMN_STEP)
             to = scratch.cells + i * span * entry
-            to_block(src_tag, from_, get(m, COLUMN_STEP), get(m, CHANNEL_STEP), tag, to, span, lanes)
+            to_block(
+                src_tag,
+                from_,
+                get(m, COLUMN_STEP),
+                get(m, CHANNEL_STEP),
+                tag,
+                to,
+                span,
+                lanes,
+                get(m, ROW_STEP),
+            )
             put(scratch.src_row, i, i * span * entry)
         for u in range(u0, u1):
             put(scratch.src_column, u - u0, (get(cells, u) - left) * entry)

@@ -26,7 +26,7 @@ from .simd import (
 # What `out` says of the pooled tensor: where it is, its steps in bytes, its bins.
 OUT_AT, OUT_ROI_STEP, OUT_CHANNEL_STEP, OUT_BIN_STEP, PH, PW = np.arange(6)
 
-AHEAD = np.int64(512)  # bytes of a long run that are asked for before they are read
+AHEAD = np.int64(512)  # bytes; how far ahead in a long run
 REPLACE, ADD = np.bool_(False), np.bool_(True)
 
 
@@ -106,8 +106,11 @@ def zero_cells(tag, block, cells):
 
 
 @kernel
-def to_block(src_tag, src, cell_step, channel_step, tag, block, cells, channels):
-    """Read a run of cells of up to 16 channels of a map into a block; missing channels become 0."""
+def to_block(src_tag, src, cell_step, channel_step, tag, block, cells, channels, ahead):
+    """Read a run of cells of up to 16 channels of a map into a block; missing channels become 0.
+
+    `ahead` is the distance in bytes of what is to be read next, which is asked for meanwhile.
+    """
     size = size_of(tag)
     step = LANES * size
     if channel_step == size_of(src_tag) and channels == LANES:
@@ -115,15 +118,13 @@ def to_block(src_tag, src, cell_step, channel_step, tag, block, cells, channels)
             store(tag, block + i * step, load(src_tag, src + i * cell_step))
         return
     tiled = cells >= 8 and cell_step == size_of(src_tag)
-    long = cells * cell_step > AHEAD
     lanes = channels - channels % 8 if tiled else 0
     for i in range(0, cells if tiled else 0, 8):
         i = min(i, cells - 8)  # the last tile may overlap the one before
         for lane in range(0, lanes, 8):
             from_ = src + lane * channel_step + i * cell_step
-            if long:
-                for row in range(8):
-                    prefetch_read(from_ + row * channel_step + AHEAD)
+            for row in range(8):
+                prefetch_read(from_ + row * channel_step + ahead)
             transpose8(src_tag, from_, channel_step, tag, block + i * step + lane * size, step)
     for lane in range(lanes, LANES):
         for i in range(cells):

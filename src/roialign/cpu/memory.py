@@ -1,14 +1,15 @@
-"""Memory for results: first touch of a large fresh one costs more than the arithmetic.
+"""Memory for results and for scratch: first touch of what is fresh costs more than the arithmetic.
 
 PyTorch returns large CPU blocks to the system when a tensor dies and asks for fresh ones, page by
 page, for the next. Results of more than 4 MB are therefore laid in blocks of our own, which come
 back here when their tensor dies, and serve again: a training step or a serving loop then touches
-memory that is there. At most 128 MB lie idle.
+memory that is there. At most 128 MB lie idle. Scratch stays with its thread.
 """
 
 import contextlib
 import ctypes
 import sys
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 
 _SMALL = 4 * 2**20
 _MOST_IDLE = 128 * 2**20
+_MOST_SCRATCH = 16 * 2**20
 _HUGE_PAGE = 2 * 2**20
 _MADV_HUGEPAGE = 14
 
@@ -32,6 +34,7 @@ _ARRAY_TYPE = {
 
 Block = NDArray[np.uint8]
 _idle: deque[Block] = deque()
+_local = threading.local()
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, channels_last: bool) -> Tensor:
@@ -50,6 +53,22 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, channe
     weakref.finalize(array, _give_back, block).atexit = False
     tensor = torch.from_numpy(array)  # keeps the array until the last tensor on this memory dies
     return tensor.view(dtype) if tensor.dtype != dtype else tensor
+
+
+def scratch(use: str, size: int) -> Block:
+    """Bytes for this thread, of any content, until it next asks for the same use.
+
+    They are aligned to 64 bytes, and kept for the next call unless they are more than 16 MB.
+    """
+    held: dict[str, Block] = _local.__dict__
+    block = held.get(use)
+    if block is None or len(block) < size:
+        block = np.empty(size + 64, np.uint8)
+        block = block[-block.ctypes.data % 64 :]
+        held.pop(use, None)
+        if size <= _MOST_SCRATCH:
+            held[use] = block
+    return block[:size]
 
 
 def _take(size: int) -> Block:

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-_local = threading.local()
+from .memory import scratch
+
 _pool: ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
 
@@ -47,12 +48,14 @@ def run(kernel: Callable[[int, int], None], tasks: int, scratch_bytes: int, work
     counter = np.zeros(1, np.int64)
     helpers = min(torch.get_num_threads(), tasks, 1 + work // _WORTH_A_THREAD) - 1
     address = counter.ctypes.data
-    if helpers <= 0:
-        kernel(address, scratch(scratch_bytes))
-        return
-    futures = [_executor().submit(lambda: kernel(address, scratch(scratch_bytes))) for _ in range(helpers)]
+
+    def take_tasks() -> None:
+        memory = scratch("tasks", scratch_bytes)
+        kernel(address, memory.ctypes.data)
+
+    futures = [_executor().submit(take_tasks) for _ in range(helpers)]
     try:
-        kernel(address, scratch(scratch_bytes))
+        take_tasks()
     finally:  # also on KeyboardInterrupt: what helpers write to must outlive them
         for future in futures:
             if not future.cancel():
@@ -60,12 +63,3 @@ def run(kernel: Callable[[int, int], None], tasks: int, scratch_bytes: int, work
 
 
 _WORTH_A_THREAD = 500_000
-
-
-def scratch(size: int) -> int:
-    """The address of this thread's scratch memory, at least `size` bytes; kept for the next call."""
-    held = getattr(_local, "scratch", None)
-    if held is None or len(held) < size + 64:
-        _local.scratch = held = np.empty(size + 64, np.uint8)
-    address: int = held.ctypes.data
-    return -(-address // 64) * 64
