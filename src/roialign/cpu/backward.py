@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .jit import kernel
+from .jit import kernel, part
 from .lanes import (
     ADD,
     AHEAD,
@@ -107,7 +107,7 @@ def run(
         task = fetch_add(counter)
 
 
-@kernel
+@part
 def _columns_inside(xs, k, strip):
     """Those of the columns that RoI k touches that lie in the strip."""
     cells = xs.cells + 8 * get(xs.base, k)
@@ -121,7 +121,7 @@ def _columns_inside(xs, k, strip):
     return x0, x1
 
 
-@kernel
+@part
 def _write_rows(tag, scratch, strip, dst_tag, dst, m, lanes, start, stop, reached):
     """Write the rows `start:stop` of the strip from the ring, and free the places of those reached."""
     span = get(strip, SPAN)
@@ -133,7 +133,7 @@ def _write_rows(tag, scratch, strip, dst_tag, dst, m, lanes, start, stop, reache
             zero_cells(tag, place, span)
 
 
-@kernel
+@part
 def _sum_columns(grad_tag, grad, k, c0, lanes, tag, scratch, xs, x0, x1):
     """From the bins of RoI k to one sum for each row of bins and column of the map."""
     entry = LANES * size_of(tag)
@@ -166,7 +166,7 @@ def _sum_columns(grad_tag, grad, k, c0, lanes, tag, scratch, xs, x0, x1):
         )  # fmt: skip
 
 
-@kernel
+@part
 def _add_rows(tag, grad, scratch, ys, xs, k, x0, x1, strip):
     """From those sums to the rows of the ring."""
     entry = LANES * size_of(tag)

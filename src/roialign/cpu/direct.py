@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from .jit import kernel
+from .jit import kernel, part
 from .lanes import OUT_AT, OUT_BIN_STEP, OUT_ROI_STEP, PH, PW
 from .simd import (
     LANES,
@@ -62,7 +62,7 @@ def run(
         task = fetch_add(counter)
 
 
-@kernel
+@part
 def _list_cells(tag, m, scratch, ys, xs, k, y0, y1, bins):
     """For each bin of a row, the offsets and weights of the cells it reads in the rows of taps `y0:y1`."""
     size = size_of(tag)
@@ -81,7 +81,7 @@ def _list_cells(tag, m, scratch, ys, xs, k, y0, y1, bins):
     put(scratch.dst_row, bins, n)
 
 
-@kernel
+@part
 def _sum_cells(src_tag, src, tag, out_tag, out, scratch, k, p, channels, first, last):
     """Sum the listed cells into a row of bins or, while more lists are to come, into scratch."""
     bins = get(out, PW)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .jit import kernel
+from .jit import kernel, part
 from .lanes import (
     AHEAD,
     OUT_AT,
@@ -77,7 +77,7 @@ def group(order, rois, map_of, ys, xs, most, groups):
     return n
 
 
-@kernel
+@part
 def _columns_at_once(rows):
     return max(TILE, PACK_CELLS // max(rows, ONE))
 
@@ -116,7 +116,7 @@ def run(
         task = fetch_add(counter)
 
 
-@kernel
+@part
 def _announce(out, k, c0, lanes):
     """Ask for the memory of a result, which is written after the sums, unless it is spread out."""
     channel_step = get(out, OUT_CHANNEL_STEP)
@@ -126,7 +126,7 @@ def _announce(out, k, c0, lanes):
             prefetch_write(to + byte)
 
 
-@kernel
+@part
 def _pack_rows(src_tag, src, m, lanes, tag, scratch, group, ys, k, ready):
     """Bring the rows that RoI k needs into the ring, unless they are; returns the last that is."""
     rows = get(ys.touched, k)
@@ -142,7 +142,7 @@ def _pack_rows(src_tag, src, m, lanes, tag, scratch, group, ys, k, ready):
     return max(ready, last)
 
 
-@kernel
+@part
 def _place_in_ring(tag, scratch, group, ys, xs, k):
     """Where the cells that RoI k touches lie in the ring."""
     entry = LANES * size_of(tag)
@@ -159,7 +159,7 @@ def _place_in_ring(tag, scratch, group, ys, xs, k):
         put(scratch.src_column, i, (get(cells, i) - get(group, LEFT)) * entry)
 
 
-@kernel
+@part
 def _sum_own_cells(src_tag, src, m, lanes, tag, scratch, ys, xs, k, bins, p0, p1):
     """Pack just the rows that RoI k touches, some columns at a time, and sum over rows."""
     entry = LANES * size_of(tag)
@@ -194,7 +194,7 @@ def _sum_own_cells(src_tag, src, m, lanes, tag, scratch, ys, xs, k, bins, p0, p1
         u0 = u1
 
 
-@kernel
+@part
 def _sum_rows(tag, scratch, first, n, columns, ys, k, bins, p0, p1):
     """Sum packed cells, for the rows of bins `p0:p1` and the columns `first:first + n` of `columns`."""
     entry = LANES * size_of(tag)
@@ -210,7 +210,7 @@ def _sum_rows(tag, scratch, first, n, columns, ys, k, bins, p0, p1):
     )  # fmt: skip
 
 
-@kernel
+@part
 def _sum_columns(tag, out_tag, out, scratch, xs, k, c0, lanes, p0, p1):
     """From row sums to bins. They pass through scratch, where sums over many taps can grow."""
     entry = LANES * size_of(tag)

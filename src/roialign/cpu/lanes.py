@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .jit import kernel
+from .jit import part
 from .simd import (
     LANES,
     fma,
@@ -42,7 +42,7 @@ class Scratch(NamedTuple):
     results: Any
 
 
-@kernel
+@part
 def combine(
     src_tag, src, src_row, src_column, tag, dst, dst_row, dst_column, columns,
     start, taps, weights, lo, hi, add,
@@ -98,14 +98,14 @@ def combine(
             more = ADD
 
 
-@kernel
+@part
 def zero_cells(tag, block, cells):
     """Clear a block."""
     for i in range(cells):
         store(tag, block + i * LANES * size_of(tag), zeros(tag))
 
 
-@kernel
+@part
 def to_block(src_tag, src, cell_step, channel_step, tag, block, cells, channels, ahead):
     """Read a run of cells of up to 16 channels of a map into a block; missing channels become 0.
 
@@ -135,7 +135,7 @@ def to_block(src_tag, src, cell_step, channel_step, tag, block, cells, channels,
                 store_one(tag, to, tag - tag)
 
 
-@kernel
+@part
 def from_block(tag, block, dst_tag, dst, cell_step, channel_step, cells, channels):
     """Write a block into a run of cells of up to 16 channels of a map."""
     size = size_of(tag)

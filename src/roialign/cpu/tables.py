@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .jit import kernel
+from .jit import kernel, part
 from .simd import get, load_one, put, size_of, store_one
 
 # Constants are NumPy numbers: Numba compiles a function anew for every Python int it is called with.
@@ -70,7 +70,7 @@ def assign(tag, rois, n, levels, n_levels, maps, scales, images, climb, n_climb,
     return poolable
 
 
-@kernel
+@part
 def _span(tag, rois, k, column, scale, aligned):
     """Start and size of a RoI along one axis, in cells of the map."""
     number = type(tag)
@@ -81,7 +81,7 @@ def _span(tag, rois, k, column, scale, aligned):
     return start, size if aligned else max(size, number(1))
 
 
-@kernel
+@part
 def _visits(tag, bin_start, bin_size, extent, sampling_ratio):
     """Grid, first point to visit and number of points to visit of one bin; see the reference."""
     number = type(tag)
@@ -141,7 +141,7 @@ def fill(
             put(axis.touched, k, _list_cells(taps, get(starts, bins), axis.cells + 8 * base, place))
 
 
-@kernel
+@part
 def _fill_bins(tag, start, size, bins, extent, sampling_ratio, starts, taps, weights):
     """The taps of each bin; two on one cell, which are neighbours in the list, are added up."""
     number = type(tag)
@@ -171,7 +171,7 @@ def _fill_bins(tag, start, size, bins, extent, sampling_ratio, starts, taps, wei
     put(starts, bins, n)
 
 
-@kernel
+@part
 def _list_cells(taps, n, cells, place):
     """List the cells that `n` taps touch, in ascending order, and let the taps name places in the list."""
     lowest, highest = ONE << 40, -ONE
