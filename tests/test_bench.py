@@ -33,7 +33,7 @@ def no_processes(monkeypatch):
 
 
 CALLS = {"import_s": 0.01, "forward_s": 1.5, "backward_s": 2.5}
-FIRST_CALL = {"import_s": 0.02, "cold": CALLS, "cached": CALLS}
+FIRST_CALL = {"import_s": 0.02, "cold": CALLS | {"numba_s": 0.02}, "cached": CALLS | {"numba_s": 0.02}}
 
 
 def bench(*arguments):
@@ -234,18 +234,19 @@ def test_first_calls_use_the_cache_of_their_own(monkeypatch):
     def python(program, *arguments, **environment):
         if "NUMBA_CACHE_DIR" in environment:
             folders.append(environment["NUMBA_CACHE_DIR"])
-            return json.dumps(CALLS)
-        return "0.02\n"
+        return json.dumps(CALLS) if program == probes._FIRST_CALL else "0.02\n"
 
     monkeypatch.setattr(probes, "_python", python)
     assert probes.first_call() == FIRST_CALL
-    assert len(folders) == 2
+    assert len(folders) == 4
     assert len(set(folders)) == 1
 
 
-def test_programs_of_the_first_call_run(monkeypatch):
+def test_programs_of_the_first_call_run(tmp_path):
     assert set(json.loads(probes._python(probes._FIRST_CALL))) == set(CALLS)
     assert float(probes._python(probes._IMPORT)) > 0
+    (tmp_path / "one_line.py").write_text(probes._ONE_LINE, encoding="utf-8")
+    assert float(probes._python(probes._FIRST_CALL_OF_NUMBA, str(tmp_path))) > 0
     with pytest.raises(subprocess.CalledProcessError):
         probes._python("raise SystemExit(1)")
 

@@ -313,4 +313,6 @@ def _first_call_rows(seconds: Mapping[str, Any]) -> list[tuple[str, str]]:
             (f"first {call}, {what}", f"{seconds[key][f'{call}_s']:.2f} s")
             for call in ("forward", "backward")
         ]
+        if "numba_s" in seconds[key]:
+            rows.append((f"Numba alone, one line, {what}", f"{seconds[key]['numba_s']:.2f} s"))
     return rows

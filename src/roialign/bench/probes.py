@@ -1,5 +1,6 @@
 """The machine, what it can do at best, and what must be measured in a process of its own."""
 
+import contextlib
 import json
 import os
 import platform
@@ -42,6 +43,19 @@ print(json.dumps({
 }))
 """
 _IMPORT = _FIRST_CALL[: _FIRST_CALL.index("features")] + "print(all_there - torch_there)"
+_ONE_LINE = """
+from numba import njit
+plus_one = njit(cache=True)(lambda x: x + 1)
+"""
+_FIRST_CALL_OF_NUMBA = """
+import sys, time
+import torch
+sys.path.insert(0, sys.argv[1])
+start = time.perf_counter()
+from one_line import plus_one
+plus_one(1)
+print(time.perf_counter() - start)
+"""
 _MEMORY = """
 import sys
 from roialign.bench.probes import measure_memory
@@ -113,10 +127,17 @@ def floor(size: Size) -> dict[str, float]:
 
 
 def first_call() -> dict[str, Any]:
-    """Seconds of the first calls in new processes: compiling, then from the disk; and of the import."""
+    """Seconds of the first calls in new processes: compiling, then from the disk; and of the import.
+
+    What Numba alone takes of them is measured with a function of one line.
+    """
     imports = [float(_python(_IMPORT)) for _ in range(5)]
     with tempfile.TemporaryDirectory() as folder:
         cold, cached = (json.loads(_python(_FIRST_CALL, NUMBA_CACHE_DIR=folder)) for _ in range(2))
+        Path(folder, "one_line.py").write_text(_ONE_LINE, encoding="utf-8")
+        with contextlib.suppress(subprocess.CalledProcessError):  # no Numba here
+            for calls in (cold, cached):
+                calls["numba_s"] = float(_python(_FIRST_CALL_OF_NUMBA, folder, NUMBA_CACHE_DIR=folder))
     return {"import_s": statistics.median(imports), "cold": cold, "cached": cached}
 
 

@@ -152,23 +152,28 @@ def _fill_bins(tag, start, size, bins, extent, sampling_ratio, starts, taps, wei
         bin_start = start + number(b) * bin_size
         grid, first, visits = _visits(tag, bin_start, bin_size, extent, sampling_ratio)
         opened = n
-        for i in range(2 * visits):
-            point = bin_start + (first + number(i // 2) + number(0.5)) * bin_size / grid
+        for i in range(visits):
+            point = bin_start + (first + number(i) + number(0.5)) * bin_size / grid
             if point >= number(-1) and point <= number(extent):
                 point = min(max(point, number(0)), number(extent - 1))
                 low = np.int64(point)
                 share = point - number(low)
-                cell = low if i % 2 == 0 else min(low + 1, extent - 1)
-                weight = (share if i % 2 else number(1) - share) / grid
-                t = n
-                for back in range(max(n - 2, opened), n):
-                    if get(taps, back) == cell:
-                        t = back
-                at = weights + t * size_of(tag)
-                put(taps, t, cell)
-                store_one(tag, at, weight if t == n else load_one(tag, at) + weight)
-                n = max(n, t + 1)
+                n = _add_tap(tag, taps, weights, opened, n, low, (number(1) - share) / grid)
+                n = _add_tap(tag, taps, weights, opened, n, min(low + 1, extent - 1), share / grid)
     put(starts, bins, n)
+
+
+@part
+def _add_tap(tag, taps, weights, opened, n, cell, weight):
+    """Add a tap to the `n` listed, those from `opened` on being the bin's own; returns how many there are."""
+    for t in range(max(n - 2, opened), n):
+        if get(taps, t) == cell:
+            at = weights + t * size_of(tag)
+            store_one(tag, at, load_one(tag, at) + weight)
+            return n
+    put(taps, n, cell)
+    store_one(tag, weights + n * size_of(tag), weight)
+    return n + 1
 
 
 @part
