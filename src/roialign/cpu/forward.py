@@ -107,11 +107,14 @@ def run(
             step = max(ONE, SUM_ENTRIES // max(columns, get(out, PW)))
             for p0 in range(0, get(out, PH), step):
                 p1 = min(p0 + step, get(out, PH))
-                if shared:
-                    _place_in_ring(tag, scratch, group, ys, xs, k)
-                    _sum_rows(tag, scratch, ZERO, columns, columns, ys, k, get(out, PH), p0, p1)
-                else:
-                    _sum_own_cells(src_tag, src, m, lanes, tag, scratch, ys, xs, k, get(out, PH), p0, p1)
+                u0 = ZERO
+                while u0 < columns:
+                    if shared:
+                        u1 = _place_in_ring(tag, scratch, group, ys, xs, k)
+                    else:
+                        u1 = _pack_own_cells(src_tag, src, m, lanes, tag, scratch, ys, xs, k, u0)
+                    _sum_rows(tag, scratch, u0, u1 - u0, columns, ys, k, get(out, PH), p0, p1)
+                    u0 = u1
                 _sum_columns(tag, out_tag, out, scratch, xs, k, c0, lanes, p0, p1)
         task = fetch_add(counter)
 
@@ -144,7 +147,7 @@ def _pack_rows(src_tag, src, m, lanes, tag, scratch, group, ys, k, ready):
 
 @part
 def _place_in_ring(tag, scratch, group, ys, xs, k):
-    """Where the cells that RoI k touches lie in the ring."""
+    """Where the cells that RoI k touches lie in the ring; returns the number of its columns."""
     entry = LANES * size_of(tag)
     ring = get(group, RING)
     cells = ys.cells + 8 * get(ys.base, k)
@@ -157,41 +160,34 @@ def _place_in_ring(tag, scratch, group, ys, xs, k):
     cells = xs.cells + 8 * get(xs.base, k)
     for i in range(get(xs.touched, k)):
         put(scratch.src_column, i, (get(cells, i) - get(group, LEFT)) * entry)
+    return get(xs.touched, k)
 
 
 @part
-def _sum_own_cells(src_tag, src, m, lanes, tag, scratch, ys, xs, k, bins, p0, p1):
-    """Pack just the rows that RoI k touches, some columns at a time, and sum over rows."""
+def _pack_own_cells(src_tag, src, m, lanes, tag, scratch, ys, xs, k, u0):
+    """Pack just the rows that RoI k touches, and of its columns those from `u0` on that there is room for.
+
+    Returns the next column.
+    """
     entry = LANES * size_of(tag)
     rows, columns = get(ys.touched, k), get(xs.touched, k)
     row_cells, cells = ys.cells + 8 * get(ys.base, k), xs.cells + 8 * get(xs.base, k)
-    u0 = ZERO
-    while u0 < columns:
-        left = get(cells, u0)
-        u1 = u0 + 1
-        while u1 < columns and get(cells, u1) - left < _columns_at_once(rows):
-            u1 += 1
-        span = min(max(get(cells, u1 - 1) - left + 1, TILE), get(m, WIDTH))
-        left = min(left, get(m, WIDTH) - span)
-        for i in range(rows):
-            from_ = src + get(row_cells, i) * get(m, ROW_STEP) + left * get(m, COLUMN_STEP)
-            to = scratch.cells + i * span * entry
-            to_block(
-                src_tag,
-                from_,
-                get(m, COLUMN_STEP),
-                get(m, CHANNEL_STEP),
-                tag,
-                to,
-                span,
-                lanes,
-                get(m, ROW_STEP),
-            )
-            put(scratch.src_row, i, i * span * entry)
-        for u in range(u0, u1):
-            put(scratch.src_column, u - u0, (get(cells, u) - left) * entry)
-        _sum_rows(tag, scratch, u0, u1 - u0, columns, ys, k, bins, p0, p1)
-        u0 = u1
+    left = get(cells, u0)
+    u1 = u0 + 1
+    while u1 < columns and get(cells, u1) - left < _columns_at_once(rows):
+        u1 += 1
+    span = min(max(get(cells, u1 - 1) - left + 1, TILE), get(m, WIDTH))
+    left = min(left, get(m, WIDTH) - span)
+    for i in range(rows):
+        from_ = src + get(row_cells, i) * get(m, ROW_STEP) + left * get(m, COLUMN_STEP)
+        to = scratch.cells + i * span * entry
+        to_block(
+            src_tag, from_, get(m, COLUMN_STEP), get(m, CHANNEL_STEP), tag, to, span, lanes, get(m, ROW_STEP)
+        )
+        put(scratch.src_row, i, i * span * entry)
+    for u in range(u0, u1):
+        put(scratch.src_column, u - u0, (get(cells, u) - left) * entry)
+    return u1
 
 
 @part
