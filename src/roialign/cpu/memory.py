@@ -3,11 +3,13 @@
 PyTorch returns large CPU blocks to the system when a tensor dies and asks for fresh ones, page by
 page, for the next. Results of more than 4 MB are therefore laid in blocks of our own, which come
 back here when their tensor dies, and serve again: a training step or a serving loop then touches
-memory that is there. At most 128 MB lie idle. Scratch stays with its thread.
+memory that is there. At most 512 MB lie idle, and no more than 1/32 of the machine's memory. Scratch
+stays with its thread.
 """
 
 import contextlib
 import ctypes
+import os
 import sys
 import threading
 import weakref
@@ -20,7 +22,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _SMALL = 4 * 2**20
-_MOST_IDLE = 128 * 2**20
 _MOST_SCRATCH = 16 * 2**20
 _HUGE_PAGE = 2 * 2**20
 _MADV_HUGEPAGE = 14
@@ -93,6 +94,17 @@ def _give_back(block: Block) -> None:
     with contextlib.suppress(IndexError):  # another thread may be emptying it too
         while sum(map(len, tuple(_idle))) > _MOST_IDLE:
             _idle.popleft()
+
+
+def _most_idle() -> int:
+    """Bytes that may lie idle."""
+    try:
+        return min(512 * 2**20, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 32)
+    except (AttributeError, OSError, ValueError):  # not on this platform
+        return 128 * 2**20
+
+
+_MOST_IDLE = _most_idle()
 
 
 def _find_madvise() -> Callable[[int, int, int], int] | None:
