@@ -39,16 +39,19 @@ def assert_matches_reference(feature, boxes, *args):
 LONG = torch.tensor([[-40.0, -40.0, 500.0, 500.0], [3.0, 5.0, 380.0, 20.0], [10.0, 0.0, 30.0, 400.0]])
 
 
-@pytest.mark.parametrize(
-    ("layout", "channels"),
-    [(torch.contiguous_format, 17), (torch.channels_last, 17), (torch.channels_last, 72)],
-)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("sampling_ratio", [-1, 2])
 @pytest.mark.parametrize("output_size", [(1, 1), (3, 40)])
-def test_boxes_as_large_as_a_large_map(layout, channels, sampling_ratio, output_size):
-    """More cells than are packed or listed at once, and more than a ring holds."""
-    feature = torch.rand(1, channels, 380, 380).contiguous(memory_format=layout)
+def test_boxes_as_large_as_a_large_map(layout, sampling_ratio, output_size):
+    """More cells than are packed at once, and more than a ring holds."""
+    feature = torch.rand(1, 17, 380, 380).contiguous(memory_format=layout)
     assert_matches_reference(feature, [LONG], output_size, 1.0, sampling_ratio)
+
+
+@pytest.mark.parametrize("output_size", [(1, 1), (2, 3)])
+def test_bins_of_more_cells_than_are_listed_at_once(output_size):
+    feature = torch.rand(1, 72, 70, 60).contiguous(memory_format=torch.channels_last)
+    assert_matches_reference(feature, [LONG / 6], output_size, 1.0, 0)
 
 
 @pytest.mark.parametrize("channels", [1, 7, 8, 15, 16, 17, 40, 64, 72, 130])

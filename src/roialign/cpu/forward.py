@@ -25,7 +25,7 @@ START, STOP, LEFT, SPAN, RING, CELLS = np.arange(6)
 GROUP_COLUMNS = np.int64(6)
 
 PACK_CELLS = np.int64(2**17)  # most cells packed at once: 8 MB of float32, which a cache holds
-WORTH = 3.0  # how much dearer packing a cell for one RoI is than for a group
+WORTH = 3.0  # how much dearer packing a cell for one RoI is than for a group; measured
 FEW = np.int64(8)  # RoIs of a group that shares nothing
 TILE = np.int64(8)  # columns that are transposed at once
 SUM_ENTRIES = np.int64(2**12)  # row sums, and results, kept at once
@@ -62,18 +62,19 @@ def group(order, rois, map_of, ys, xs, most, groups):
             stop += 1
         span = right - left + 1 if right >= 0 else ZERO
         if (bottom - top + 1) * span > WORTH * touched or ring * span > PACK_CELLS or ring == 0:
-            stop, ring = min(stop, start + FEW), ZERO
+            size, ring = FEW, ZERO
         else:
-            cells = ring * span
-        group = groups + 8 * n * GROUP_COLUMNS
-        put(group, START, start)
-        put(group, STOP, stop)
-        put(group, LEFT, left)
-        put(group, SPAN, span)
-        put(group, RING, ring)
-        put(group, CELLS, cells)
-        n += 1
-        start = stop
+            size, cells = stop - start, ring * span
+        while start < stop:
+            group = groups + 8 * n * GROUP_COLUMNS
+            put(group, START, start)
+            put(group, STOP, min(start + size, stop))
+            put(group, LEFT, left)
+            put(group, SPAN, span)
+            put(group, RING, ring)
+            put(group, CELLS, cells)
+            n += 1
+            start = get(group, STOP)
     return n
 
 
