@@ -6,6 +6,11 @@ import torch
 from roialign import ops
 
 
+def needs_torch(version: str, reason: str) -> pytest.MarkDecorator:
+    """Skip a test of what PyTorch itself cannot do before `version`."""
+    return pytest.mark.skipif(torch.__version__ < version, reason=f"before PyTorch {version}: {reason}")
+
+
 @pytest.fixture(params=["default", "reference"])
 def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test on the engine that serves the CPU, and again on the reference."""

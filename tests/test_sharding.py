@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import needs_torch
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
@@ -118,5 +119,16 @@ def shard(rank: int, rendezvous: str) -> None:
     dist.destroy_process_group()
 
 
+@needs_torch("2.9", "DTensor drops the placements of a result that is a list of tensors")
 def test_dtensor_pools_channels_and_boxes_where_they_lie(tmp_path):
     run_on_two(shard, tmp_path)
+
+
+def test_a_torch_without_lists_of_results_in_dtensor_is_named(monkeypatch):
+    from torch.distributed.tensor._op_schema import OpSchema
+
+    import roialign.sharding
+
+    monkeypatch.delattr(OpSchema, "return_type_list_tensor_like", raising=False)
+    with pytest.raises(RuntimeError, match=r"sharding must have PyTorch 2\.9 or later, got 2\."):
+        roialign.sharding.register()

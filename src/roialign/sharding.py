@@ -22,7 +22,13 @@ Placements = tuple[list[Any], list[Any]]  # of the results, and of the arguments
 
 
 def register() -> None:
-    """Teach `DTensor` both operators of this package; once per process is enough."""
+    """Teach `DTensor` both operators of this package; once per process is enough.
+
+    Raises:
+        RuntimeError: `DTensor` has no place for the gradients of several maps, as before PyTorch 2.9.
+    """
+    if not hasattr(OpSchema, "return_type_list_tensor_like"):
+        raise RuntimeError(f"sharding must have PyTorch 2.9 or later, got {torch.__version__}")
     operators = torch.ops.roialign
     register_sharding(operators.multiscale_roi_align.default)(_forward)
     # register_sharding takes a list of tensors for one result, so for this one what it does is written out.
