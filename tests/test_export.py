@@ -70,18 +70,21 @@ def test_dynamic_images_and_map_sizes_with_explicit_scales(strict):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_number_of_boxes_that_the_graph_itself_decides(strict):
-    pool = roialign.MultiScaleRoIAlign(NAMES, 3, 2, canonical_scale=28)
-
     class Filtered(torch.nn.Module):
-        def forward(self, x, boxes, scores):
-            return pool(x, [boxes[scores > 0.5]], [SIZE])
+        def __init__(self):
+            super().__init__()
+            self.pool = roialign.MultiScaleRoIAlign(NAMES, 3, 2, canonical_scale=28)
 
+        def forward(self, x, boxes, scores):
+            return self.pool(x, [boxes[scores > 0.5]], [SIZE])
+
+    module = Filtered()
     boxes = random_boxes([9], image_size=SIZE)[0]
     scores = torch.linspace(0, 1, 9)
-    program = torch.export.export(Filtered(), (maps(images=1), boxes, scores), strict=strict)
+    program = torch.export.export(module, (maps(images=1), boxes, scores), strict=strict)
     for s in (scores, 0 * scores, 0 * scores + 1, scores > 0.9):
         assert torch.equal(
-            program.module()(maps(images=1), boxes, s), pool(maps(images=1), [boxes[s > 0.5]], [SIZE])
+            program.module()(maps(images=1), boxes, s), module.pool(maps(images=1), [boxes[s > 0.5]], [SIZE])
         )
 
 
