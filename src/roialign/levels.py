@@ -1,5 +1,6 @@
 """Which map of the pyramid serves which box: scales from shapes, and FPN's equation 1."""
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -90,6 +91,34 @@ def wanted_level(ratio: Tensor, canonical_level: float, eps: float = EPS) -> Ten
 def map_levels_of(scales: Sequence[float]) -> list[int]:
     """The pyramid level of each map, `round(log2(stride))`."""
     return [round(-math.log2(scale)) for scale in scales]
+
+
+@functools.lru_cache(256)
+def staircase(
+    scales: tuple[float, ...], canonical_level: float, dtype: torch.dtype
+) -> tuple[int, tuple[tuple[float, int], ...]]:
+    """Equation 1 without a logarithm, for engines: the finest map and steps `(ratio, delta)`.
+
+    From fine to coarse, a box whose `size / canonical_scale` reaches `ratio` moves on by `delta`. The
+    thresholds are where PyTorch's own operators step up, so engines agree with `assign_levels` to the
+    last bit.
+    """
+    finest, steps = serving_steps(map_levels_of(scales))
+    return finest, tuple((_first_above(level, canonical_level, dtype), delta) for level, delta in steps)
+
+
+def _first_above(level: int, canonical_level: float, dtype: torch.dtype) -> float:
+    """The smallest ratio whose wanted level exceeds `level`, by bisection over the bits."""
+    integers = torch.int32 if dtype == torch.float32 else torch.int64
+    at_most, above = 0, int(torch.tensor(math.inf, dtype=dtype).view(integers))
+    while at_most < above:
+        middle = (at_most + above) // 2
+        ratio = torch.tensor([middle], dtype=integers).view(dtype)
+        if wanted_level(ratio, canonical_level) > level:
+            above = middle
+        else:
+            at_most = middle + 1
+    return torch.tensor([above], dtype=integers).view(dtype).item()
 
 
 class LevelMapper:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..levels import map_levels_of, serving_steps, wanted_level
+from ..levels import staircase
 from . import backward as backward_kernel
 from . import direct as direct_kernel
 from . import forward as forward_kernel
@@ -302,7 +302,7 @@ def _rule(
     canonical_scale: float,
     canonical_level: float,
 ) -> Rule:
-    map_scales, climb = _staircase(tuple(scales), canonical_level, rois.dtype)
+    map_scales, climb = _tables_of_scales(tuple(scales), canonical_level, rois.dtype)
     number: Any = type(_WORK[rois.dtype])
     if levels is not None:
         return Rule(levels.contiguous(), climb[:0], number(canonical_scale), map_scales)
@@ -310,29 +310,10 @@ def _rule(
 
 
 @functools.lru_cache(256)
-def _staircase(
+def _tables_of_scales(
     scales: tuple[float, ...], canonical_level: float, dtype: torch.dtype
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """The scales, and equation 1 as steps `(ratio, delta)`; see `tables.assign`.
-
-    The thresholds are where PyTorch's own operators step up, so the kernel needs no logarithm and
-    agrees with `levels.assign_levels` to the last bit.
-    """
+    """The scales, and equation 1 as rows `(ratio, delta)`; see `tables.assign`."""
     number: Any = type(_WORK[dtype])
-    finest, steps = serving_steps(map_levels_of(scales))
-    rows = [(0.0, finest), *((_first_above(level, canonical_level, dtype), delta) for level, delta in steps)]
-    return np.array(scales, number), np.array(rows, number)
-
-
-def _first_above(level: int, canonical_level: float, dtype: torch.dtype) -> float:
-    """The smallest ratio whose wanted level exceeds `level`, by bisection over the bits."""
-    integers = torch.int32 if dtype == torch.float32 else torch.int64
-    at_most, above = 0, int(torch.tensor(math.inf, dtype=dtype).view(integers))
-    while at_most < above:
-        middle = (at_most + above) // 2
-        ratio = torch.tensor([middle], dtype=integers).view(dtype)
-        if wanted_level(ratio, canonical_level) > level:
-            above = middle
-        else:
-            at_most = middle + 1
-    return torch.tensor([above], dtype=integers).view(dtype).item()
+    finest, steps = staircase(scales, canonical_level, dtype)
+    return np.array(scales, number), np.array([(0.0, finest), *steps], number)

@@ -1,0 +1,243 @@
+"""The kernels: what runs on the GPU, and nothing that runs beside it.
+
+Coordinates are computed in the order of `reference.py`, with correctly rounded divisions; so that no
+multiplication and addition of theirs are fused, kernels are launched with `enable_fp_fusion=False` and
+say `tl.fma` where sums may be. So a sampling point lies on the same side of a boundary in every engine.
+
+Integers of the maps come as `2 * n + 3` (see `engine.plain`) and floats as summands (see `engine.exact`).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _whole(plain):
+    """The integer that `engine.plain` wrapped."""
+    return (plain.to(tl.int64) - 3) >> 1
+
+
+@triton.jit
+def _number(summands, DTYPE: tl.constexpr):
+    """The float that `engine.exact` split."""
+    total = tl.to_tensor(summands[0]).to(DTYPE)
+    for i in tl.static_range(1, len(summands)):
+        total += tl.to_tensor(summands[i]).to(DTYPE)
+    return total
+
+
+@triton.jit
+def _whole_of(plains, level):
+    """The integer of a level, or of a vector of levels."""
+    result = tl.where(level == 0, _whole(plains[0]), 0)
+    for i in tl.static_range(1, len(plains)):
+        result = tl.where(level == i, _whole(plains[i]), result)
+    return result
+
+
+@triton.jit
+def _number_of(numbers, level, DTYPE: tl.constexpr):
+    """The float of a level, or of a vector of levels."""
+    result = tl.where(level == 0, _number(numbers[0], DTYPE), 1.0)
+    for i in tl.static_range(1, len(numbers)):
+        result = tl.where(level == i, _number(numbers[i], DTYPE), result)
+    return result.to(DTYPE)
+
+
+@triton.jit
+def _pointer_of(pointers, level):
+    result = pointers[0]
+    for i in tl.static_range(1, len(pointers)):
+        result = tl.where(level == i, pointers[i], result)
+    return result
+
+
+@triton.jit
+def _divide(a, b):
+    """Correctly rounded, which `/` is in float64 alone."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
+def _root(a):
+    """Correctly rounded, which `sqrt` is in float64 alone."""
+    if a.dtype == tl.float32:
+        return tl.sqrt_rn(a)
+    else:
+        return tl.sqrt(a)
+
+
+@triton.jit
+def _share(a, grid, RATIO: tl.constexpr):
+    """`a / grid`, correctly rounded. To divide by a power of two is to multiply."""
+    if RATIO > 0 and (RATIO & (RATIO - 1)) == 0:
+        return a * (1.0 / RATIO)
+    else:
+        return _divide(a, grid)
+
+
+@triton.jit
+def _locate(
+    rois, levels, k, count, images, scales, canonical_scale, thresholds,
+    FINEST: tl.constexpr, DELTAS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Where RoI `k` lies, or a vector of them: level, image, and start and size of either axis in cells.
+
+    The first result says whether it can be pooled. Where not, the rest names cells of the first map.
+    """
+    dtype: tl.constexpr = rois.dtype.element_ty
+    here = k < count
+    row = rois + 5 * k
+    image = tl.load(row, mask=here, other=-1)
+    x1 = tl.load(row + 1, mask=here, other=0)
+    y1 = tl.load(row + 2, mask=here, other=0)
+    x2 = tl.load(row + 3, mask=here, other=0)
+    y2 = tl.load(row + 4, mask=here, other=0)
+    if levels is None:
+        ratio = _divide(_root((x2 - x1) * (y2 - y1)), _number(canonical_scale, dtype))
+        level = tl.where(here, FINEST, 0).to(tl.int64)
+        for step in tl.static_range(len(DELTAS)):
+            level += tl.where(ratio >= _number(thresholds[step], dtype), DELTAS[step], 0)
+    else:
+        level = tl.load(levels + k, mask=here, other=-1)
+    exists = (level >= 0) & (level < len(scales)) & (image > -1) & (image < images)
+    level = tl.where(exists, level, 0)
+    scale = _number_of(scales, level, dtype)
+    x1, y1, x2, y2 = x1 * scale, y1 * scale, x2 * scale, y2 * scale
+    extent = tl.maximum(tl.abs(x2 - x1), tl.abs(y2 - y1))
+    finite = (tl.abs(x1) < float("inf")) & (tl.abs(y1) < float("inf"))
+    finite &= (tl.abs(x2 - x1) < float("inf")) & (tl.abs(y2 - y1) < float("inf"))
+    poolable = exists & finite & (extent == extent)
+    image = tl.where(poolable, image, 0).to(tl.int64)
+    y_start, y_size = _to_map(y1, y2, poolable, ALIGNED)
+    x_start, x_size = _to_map(x1, x2, poolable, ALIGNED)
+    return poolable, level, image, y_start, y_size, x_start, x_size
+
+
+@triton.jit
+def _to_map(low, high, poolable, ALIGNED: tl.constexpr):
+    """Start and size along one axis, in cells of the map."""
+    offset: tl.constexpr = 0.5 if ALIGNED else 0.0
+    low = tl.where(poolable, low, 0.0)
+    high = tl.where(poolable, high, 0.0)
+    start = low - offset
+    size = high - offset - start
+    return start, size if ALIGNED else tl.maximum(size, 1.0)
+
+
+@triton.jit
+def _visits(bin_start, bin_size, low, high, RATIO: tl.constexpr):
+    """Points per bin; of them, the first that may lie in `[low, high]`, and how many may."""
+    if RATIO > 0:
+        grid = bin_size * 0 + RATIO
+        return grid, bin_start * 0, tl.full(bin_start.shape, RATIO, tl.int32)
+    else:
+        grid = tl.maximum(tl.ceil(bin_size), 0.0)
+        step = tl.where(grid > 0, _divide(bin_size, tl.maximum(grid, 1.0)), 1.0)
+        # One point more on either side, because the division rounds; _point looks at each.
+        first = tl.floor(_divide(low - bin_start, step) - 0.5) - 1.0
+        first = tl.minimum(tl.maximum(first, 0.0), grid)
+        last = tl.minimum(tl.ceil(_divide(high - bin_start, step) - 0.5) + 1.0, grid - 1.0)
+        return tl.maximum(grid, 1.0), first, tl.maximum(last - first + 1.0, 0.0).to(tl.int32)
+
+
+@triton.jit
+def _point(bin_start, bin_size, grid, index, extent, RATIO: tl.constexpr):
+    """Sampling point `index` of a bin, clamped to the map, and whether it meets the map."""
+    point = bin_start + _share((index + 0.5) * bin_size, grid, RATIO)
+    touched = (point >= -1) & (point <= extent)
+    return tl.minimum(tl.maximum(tl.where(touched, point, 0.0), 0.0), extent - 1), touched
+
+
+@triton.jit
+def _taps(bin_start, bin_size, grid, index, extent, RATIO: tl.constexpr):
+    """Of a sampling point: low cell, high cell, the share of the high one, and whether to look."""
+    point, touched = _point(bin_start, bin_size, grid, index, extent, RATIO)
+    low = tl.floor(point)
+    high = tl.minimum(low + 1, extent - 1)
+    return low.to(tl.int64), high.to(tl.int64), point - low, touched
+
+
+@triton.jit
+def _most(number, RATIO: tl.constexpr):
+    """How often to go round: a constant where the grid is."""
+    if RATIO > 0:
+        return RATIO
+    else:
+        return tl.max(number, 0)
+
+
+@triton.jit(do_not_specialize=["count", "images", "channels"])
+def forward(
+    out, out_strides, features, image_strides, channel_strides, row_strides, column_strides,
+    heights, widths, rois, levels, count, images, channels, scales, canonical_scale, thresholds,
+    FINEST: tl.constexpr, DELTAS: tl.constexpr, MINE: tl.constexpr,
+    BINS_Y: tl.constexpr, BINS_X: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr,
+    INNERMOST: tl.constexpr, BLOCK_BINS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """One RoI, a block of channels and a block of bins per program.
+
+    `MINE` has a bit for every map of the dtype of `features`. `INNERMOST` is the number of elements that
+    every offset but those of channels is a multiple of, or 0 where channels are not innermost: then bins
+    lie across the lanes.
+    """
+    dtype: tl.constexpr = rois.dtype.element_ty
+    across: tl.constexpr = 1 if INNERMOST else 0  # the axis of a tile along which the channels lie
+    # RoIs fastest: the programs at work at one time share a block of channels, which the caches hold.
+    program = tl.program_id(0).to(tl.int64)
+    k, rest = program % count, program // count
+    bin_blocks: tl.constexpr = (BINS_Y * BINS_X + BLOCK_BINS - 1) // BLOCK_BINS
+    bins = rest % bin_blocks * BLOCK_BINS + tl.arange(0, BLOCK_BINS)
+    channel = rest // bin_blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    poolable, level, image, y_start, y_size, x_start, x_size = _locate(
+        rois, levels, k, count, images, scales, canonical_scale, thresholds, FINEST, DELTAS, ALIGNED
+    )
+    if (MINE >> level) & 1 == 0:
+        return
+    y_extent = _whole_of(heights, level).to(dtype)
+    x_extent = _whole_of(widths, level).to(dtype)
+    y_stride, x_stride = _whole_of(row_strides, level), _whole_of(column_strides, level)
+    image_offset = image * _whole_of(image_strides, level)
+    if INNERMOST:
+        y_stride, x_stride = tl.multiple_of(y_stride, INNERMOST), tl.multiple_of(x_stride, INNERMOST)
+        image_offset = tl.multiple_of(image_offset, INNERMOST)
+        channel_offset = channel
+    else:
+        channel_offset = channel * _whole_of(channel_strides, level)
+    cells = _pointer_of(features, level) + image_offset + tl.expand_dims(channel_offset, 1 - across)
+    here = tl.expand_dims(channel < channels, 1 - across)
+
+    p, q = bins // BINS_X, bins % BINS_X
+    y_bin, x_bin = _divide(y_size, BINS_Y * 1.0), _divide(x_size, BINS_X * 1.0)
+    y_first_cell = y_start + p.to(dtype) * y_bin
+    x_first_cell = x_start + q.to(dtype) * x_bin
+    y_grid, y_first, y_number = _visits(y_first_cell, y_bin, -1.0, y_extent, RATIO)
+    x_grid, x_first, x_number = _visits(x_first_cell, x_bin, -1.0, x_extent, RATIO)
+    inside = bins < tl.where(poolable, BINS_Y * BINS_X, 0)
+
+    total = tl.zeros(
+        (BLOCK_BINS, BLOCK_CHANNELS) if INNERMOST else (BLOCK_CHANNELS, BLOCK_BINS), dtype
+    )
+    for i in range(_most(y_number, RATIO)):
+        y_low, y_high, y_share, y_touched = _taps(y_first_cell, y_bin, y_grid, y_first + i, y_extent, RATIO)
+        y_touched &= inside & (i < y_number)
+        for j in range(_most(x_number, RATIO)):
+            x_low, x_high, x_share, touched = _taps(x_first_cell, x_bin, x_grid, x_first + j, x_extent, RATIO)
+            touched &= y_touched & (j < x_number)
+            look = here & tl.expand_dims(touched, across)
+            for corner in tl.static_range(4):
+                y, y_weight = (y_low, 1 - y_share) if corner < 2 else (y_high, y_share)
+                x, x_weight = (x_low, 1 - x_share) if corner % 2 == 0 else (x_high, x_share)
+                value = tl.load(cells + tl.expand_dims(y * y_stride + x * x_stride, across), look, 0)
+                total = tl.fma(value.to(dtype), tl.expand_dims(y_weight * x_weight, across), total)
+    total = _share(_share(total, y_grid, RATIO), x_grid, RATIO)
+    total = tl.where(poolable, total, float("nan"))
+
+    p_offset = p * _whole(out_strides[2]) + q * _whole(out_strides[3])
+    place = k * _whole(out_strides[0]) + tl.expand_dims(channel * _whole(out_strides[1]), 1 - across)
+    place += tl.expand_dims(p_offset, across)
+    here &= tl.expand_dims(bins < BINS_Y * BINS_X, across)
+    tl.store(out + place, total.to(out.dtype.element_ty), here)
