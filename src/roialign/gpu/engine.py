@@ -97,7 +97,7 @@ def _innermost(maps: Sequence[Tensor], out: Tensor) -> int:
     """0 if channels are not innermost, else what the strides of everything else are multiples of."""
     if any(t.stride(1) != 1 or t.stride(3) == 1 for t in (*maps, out)):
         return 0
-    return math.gcd(16, *(stride for m in maps for stride in (m.stride(0), m.stride(2), m.stride(3))))
+    return math.gcd(16, *(t.stride(axis) for t in (*maps, out) for axis in (0, 2, 3)))
 
 
 @functools.lru_cache(256)

@@ -45,6 +45,15 @@ def _number_of(numbers, level, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _multiple(n, FACTOR: tl.constexpr):
+    """`n`, which is a multiple of a factor, such that the compiler sees it and reads several at once."""
+    if FACTOR > 1:
+        return n // FACTOR * FACTOR
+    else:
+        return n
+
+
+@triton.jit
 def _pointer_of(pointers, level):
     result = pointers[0]
     for i in tl.static_range(1, len(pointers)):
@@ -170,7 +179,7 @@ def _most(number, RATIO: tl.constexpr):
         return tl.max(number, 0)
 
 
-@triton.jit(do_not_specialize=["count", "images", "channels"])
+@triton.jit(do_not_specialize=["count", "images"])
 def forward(
     out, out_strides, features, image_strides, channel_strides, row_strides, column_strides,
     heights, widths, rois, levels, count, images, channels, scales, canonical_scale, thresholds,
@@ -187,11 +196,11 @@ def forward(
     dtype: tl.constexpr = rois.dtype.element_ty
     across: tl.constexpr = 1 if INNERMOST else 0  # the axis of a tile along which the channels lie
     # RoIs fastest: the programs at work at one time share a block of channels, which the caches hold.
-    program = tl.program_id(0).to(tl.int64)
-    k, rest = program % count, program // count
+    program = tl.program_id(0)
+    k, rest = (program % count).to(tl.int64), program // count
     bin_blocks: tl.constexpr = (BINS_Y * BINS_X + BLOCK_BINS - 1) // BLOCK_BINS
     bins = rest % bin_blocks * BLOCK_BINS + tl.arange(0, BLOCK_BINS)
-    channel = rest // bin_blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    channel = (rest // bin_blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)).to(tl.int64)
     poolable, level, image, y_start, y_size, x_start, x_size = _locate(
         rois, levels, k, count, images, scales, canonical_scale, thresholds, FINEST, DELTAS, ALIGNED
     )
@@ -199,14 +208,10 @@ def forward(
         return
     y_extent = _whole_of(heights, level).to(dtype)
     x_extent = _whole_of(widths, level).to(dtype)
-    y_stride, x_stride = _whole_of(row_strides, level), _whole_of(column_strides, level)
-    image_offset = image * _whole_of(image_strides, level)
-    if INNERMOST:
-        y_stride, x_stride = tl.multiple_of(y_stride, INNERMOST), tl.multiple_of(x_stride, INNERMOST)
-        image_offset = tl.multiple_of(image_offset, INNERMOST)
-        channel_offset = channel
-    else:
-        channel_offset = channel * _whole_of(channel_strides, level)
+    y_stride = _multiple(_whole_of(row_strides, level), INNERMOST)
+    x_stride = _multiple(_whole_of(column_strides, level), INNERMOST)
+    image_offset = image * _multiple(_whole_of(image_strides, level), INNERMOST)
+    channel_offset = channel if INNERMOST else channel * _whole_of(channel_strides, level)
     cells = _pointer_of(features, level) + image_offset + tl.expand_dims(channel_offset, 1 - across)
     here = tl.expand_dims(channel < channels, 1 - across)
 
@@ -236,8 +241,11 @@ def forward(
     total = _share(_share(total, y_grid, RATIO), x_grid, RATIO)
     total = tl.where(poolable, total, float("nan"))
 
-    p_offset = p * _whole(out_strides[2]) + q * _whole(out_strides[3])
-    place = k * _whole(out_strides[0]) + tl.expand_dims(channel * _whole(out_strides[1]), 1 - across)
-    place += tl.expand_dims(p_offset, across)
+    roi_stride = _multiple(_whole(out_strides[0]), INNERMOST)
+    y_stride = _multiple(_whole(out_strides[2]), INNERMOST)
+    x_stride = _multiple(_whole(out_strides[3]), INNERMOST)
+    channel_offset = channel if INNERMOST else channel * _whole(out_strides[1])
+    place = k * roi_stride + tl.expand_dims(channel_offset, 1 - across)
+    place += tl.expand_dims(p * y_stride + q * x_stride, across)
     here &= tl.expand_dims(bins < BINS_Y * BINS_X, across)
     tl.store(out + place, total.to(out.dtype.element_ty), here)
