@@ -4,6 +4,7 @@ Nothing here looks at values, so there is no synchronisation, and a CUDA graph c
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ from . import kernels
 
 # Coordinates keep their order of operations; see `kernels`. There is nothing to pipeline.
 _OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+
+_TILE_Y, _TILE_X = 8, 16  # cells of a gradient map that one program sums up
+_TOUCH_TILES = 64
 
 
 class Rule(NamedTuple):
@@ -64,10 +68,7 @@ def forward(
     """Pool every RoI from its map; see `reference.forward`."""
     count, channels, *bins = out.shape
     rule = _rule(tuple(scales), canonical_scale, canonical_level, rois.dtype)
-    for dtype, mine in _by_dtype(features):
-        # No program reads the maps of other dtypes, but their place must be taken.
-        stand_in = next(f for f in features if f.dtype == dtype)
-        maps = [f if f.dtype == dtype else stand_in for f in features]
+    for maps, mine in _by_dtype(features):
         innermost = _innermost(maps, out)
         block_bins, block_channels = _forward_blocks(math.prod(bins), channels, innermost)
         blocks = math.ceil(math.prod(bins) / block_bins) * math.ceil(channels / block_channels)
@@ -81,16 +82,74 @@ def forward(
         )  # fmt: skip
 
 
+def backward(
+    grads: Sequence[Tensor],
+    grad: Tensor,
+    rois: Tensor,
+    levels: Tensor | None,
+    scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+    canonical_scale: float,
+    canonical_level: float,
+) -> None:
+    """The adjoint of `forward` in the features; see `reference.backward`.
+
+    A small launch makes a bit mask of which RoIs may touch which tiles of the maps. Then each tile is
+    summed up by programs of its own, in the order of the RoIs: no atomics, and no zeros written first.
+    """
+    count, channels, *bins = grad.shape
+    rois = rois.contiguous()
+    rule = _rule(tuple(scales), canonical_scale, canonical_level, rois.dtype)
+    first_tiles, tiles = _tiles(tuple((len(g), *g.shape[2:]) for g in grads))
+    words = math.ceil(count / 32)
+    mask = torch.empty((tiles, words), dtype=torch.int32, device=rois.device)
+    if count:
+        *_, heights, widths = _describe(grads)
+        kernels.touch[(words * math.ceil(tiles / _TOUCH_TILES),)](
+            mask, heights, widths, first_tiles, tiles, words,
+            rois, None if levels is None else levels.contiguous(), count, len(grads[0]),
+            rule.scales, rule.canonical_scale, rule.thresholds,
+            FINEST=rule.finest, DELTAS=rule.deltas, ALIGNED=aligned,
+            TILE_Y=_TILE_Y, TILE_X=_TILE_X, BLOCK_TILES=_TOUCH_TILES, **_OPTIONS,
+        )  # fmt: skip
+    block_channels = min(_power_of_two(channels), 32)
+    run = math.ceil(bins[1] / math.ceil(bins[1] / 8))
+    for maps, mine in _by_dtype(grads):
+        kernels.backward[(tiles * math.ceil(channels / block_channels),)](
+            *_describe(maps), grad, tuple(map(plain, grad.stride())), mask, first_tiles, tiles, words,
+            rois, count, channels, rule.scales,
+            MINE=mine, BINS_Y=bins[0], BINS_X=bins[1], RATIO=max(sampling_ratio, 0), ALIGNED=aligned,
+            INNERMOST=all(m.stride(1) == 1 and m.stride(3) != 1 for m in maps),
+            TILE_Y=_TILE_Y, TILE_X=_TILE_X, BLOCK_CHANNELS=block_channels, RUN=run, **_OPTIONS,
+        )  # fmt: skip
+
+
+@functools.lru_cache(256)
+def _tiles(sizes: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], int]:
+    """The number of the first tile of each map `(images, height, width)`, and how many there are."""
+    tiles = (n * math.ceil(height / _TILE_Y) * math.ceil(width / _TILE_X) for n, height, width in sizes)
+    *starts, total = itertools.accumulate(tiles, initial=0)
+    return tuple(map(plain, starts)), total
+
+
 def _describe(maps: Sequence[Tensor]) -> tuple[tuple[Any, ...], ...]:
     """Pointers, then image, channel, row and column strides, heights and widths: a tuple over levels each."""
     rows = [(*map(plain, m.stride()), *map(plain, m.shape[2:])) for m in maps]
     return tuple(maps), *zip(*rows, strict=True)
 
 
-def _by_dtype(maps: Sequence[Tensor]) -> list[tuple[torch.dtype, int]]:
-    """A launch for each dtype among the maps, nearly always one, and the bits of the maps it serves."""
-    dtypes = dict.fromkeys(m.dtype for m in maps)
-    return [(d, sum(1 << i for i, m in enumerate(maps) if m.dtype == d)) for d in dtypes]
+def _by_dtype(maps: Sequence[Tensor]) -> list[tuple[list[Tensor], int]]:
+    """For each dtype, nearly always one: its maps, and their places as bits.
+
+    Kernels never look at the maps of other dtypes, but their places must be taken.
+    """
+    launches = []
+    for dtype in dict.fromkeys(m.dtype for m in maps):
+        stand_in = next(m for m in maps if m.dtype == dtype)
+        mine = sum(1 << i for i, m in enumerate(maps) if m.dtype == dtype)
+        launches.append(([m if m.dtype == dtype else stand_in for m in maps], mine))
+    return launches
 
 
 def _innermost(maps: Sequence[Tensor], out: Tensor) -> int:

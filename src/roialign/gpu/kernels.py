@@ -20,9 +20,9 @@ def _whole(plain):
 @triton.jit
 def _number(summands, DTYPE: tl.constexpr):
     """The float that `engine.exact` split."""
-    total = tl.to_tensor(summands[0]).to(DTYPE)
-    for i in tl.static_range(1, len(summands)):
-        total += tl.to_tensor(summands[i]).to(DTYPE)
+    total = tl.zeros((), DTYPE)
+    for i in tl.static_range(len(summands)):
+        total += summands[i]
     return total
 
 
@@ -121,17 +121,15 @@ def _locate(
     finite &= (tl.abs(x2 - x1) < float("inf")) & (tl.abs(y2 - y1) < float("inf"))
     poolable = exists & finite & (extent == extent)
     image = tl.where(poolable, image, 0).to(tl.int64)
-    y_start, y_size = _to_map(y1, y2, poolable, ALIGNED)
-    x_start, x_size = _to_map(x1, x2, poolable, ALIGNED)
+    y_start, y_size = _to_map(tl.where(poolable, y1, 0.0), tl.where(poolable, y2, 0.0), ALIGNED)
+    x_start, x_size = _to_map(tl.where(poolable, x1, 0.0), tl.where(poolable, x2, 0.0), ALIGNED)
     return poolable, level, image, y_start, y_size, x_start, x_size
 
 
 @triton.jit
-def _to_map(low, high, poolable, ALIGNED: tl.constexpr):
+def _to_map(low, high, ALIGNED: tl.constexpr):
     """Start and size along one axis, in cells of the map."""
     offset: tl.constexpr = 0.5 if ALIGNED else 0.0
-    low = tl.where(poolable, low, 0.0)
-    high = tl.where(poolable, high, 0.0)
     start = low - offset
     size = high - offset - start
     return start, size if ALIGNED else tl.maximum(size, 1.0)
@@ -249,3 +247,177 @@ def forward(
     place += tl.expand_dims(p * y_stride + q * x_stride, across)
     here &= tl.expand_dims(bins < BINS_Y * BINS_X, across)
     tl.store(out + place, total.to(out.dtype.element_ty), here)
+
+
+@triton.jit
+def _tile(tile, first_tiles, heights, widths, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
+    """Level, image, first row and first column of a tile, or of a vector of them."""
+    level = tile * 0
+    for i in tl.static_range(1, len(first_tiles)):
+        level += tl.where(tile >= _whole(first_tiles[i]), 1, 0)
+    rows = (_whole_of(heights, level) + TILE_Y - 1).to(tl.int32) // TILE_Y
+    columns = tl.maximum((_whole_of(widths, level) + TILE_X - 1).to(tl.int32) // TILE_X, 1)
+    index = tile - _whole_of(first_tiles, level).to(tl.int32)
+    row = index // columns
+    rows = tl.maximum(rows, 1)
+    return level, row // rows, row % rows * TILE_Y, index % columns * TILE_X
+
+
+@triton.jit
+def _reach(start, size, extent):
+    """The first and the last cell along one axis that a RoI may touch: rather too many than too few."""
+    eps: tl.constexpr = 2e-6 if start.dtype == tl.float32 else 4e-15
+    margin = (tl.abs(start) + tl.abs(size)) * eps  # points are rounded
+    low = tl.minimum(start, start + size) - margin
+    high = tl.maximum(start, start + size) + margin
+    meets = (high >= -1) & (low <= extent)
+    first = tl.minimum(tl.floor(low), extent - 1)
+    last = tl.maximum(tl.floor(high) + 1, 0.0)
+    return tl.where(meets, first, extent), tl.where(meets, last, -1.0)
+
+
+@triton.jit(do_not_specialize=["count", "images", "tiles", "words"])
+def touch(
+    mask, heights, widths, first_tiles, tiles, words,
+    rois, levels, count, images, scales, canonical_scale, thresholds,
+    FINEST: tl.constexpr, DELTAS: tl.constexpr, ALIGNED: tl.constexpr,
+    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_TILES: tl.constexpr,
+):  # fmt: skip
+    """Who touches whom: bit `i` of word `w` of a tile says whether RoI `32 * w + i` may touch it.
+
+    32 RoIs and a block of tiles per program.
+    """
+    dtype: tl.constexpr = rois.dtype.element_ty
+    word, block = tl.program_id(0) % words, tl.program_id(0) // words
+    bit = tl.arange(0, 32)
+    poolable, level, image, y_start, y_size, x_start, x_size = _locate(
+        rois, levels, (word * 32 + bit).to(tl.int64), count, images, scales, canonical_scale, thresholds,
+        FINEST, DELTAS, ALIGNED,
+    )  # fmt: skip
+    top, bottom = _reach(y_start, y_size, _whole_of(heights, level).to(dtype))
+    left, right = _reach(x_start, x_size, _whole_of(widths, level).to(dtype))
+    tile = block * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
+    tile_level, tile_image, y, x = _tile(tile, first_tiles, heights, widths, TILE_Y, TILE_X)
+    y, x = y.to(dtype)[:, None], x.to(dtype)[:, None]
+    hit = (tile_level[:, None] == level[None, :]) & (tile_image[:, None] == image[None, :])
+    hit &= (top[None, :] < y + TILE_Y) & (bottom[None, :] >= y)
+    hit &= (left[None, :] < x + TILE_X) & (right[None, :] >= x)
+    bits = tl.sum(tl.where(hit & poolable[None, :], (1 << bit)[None, :], 0), 1)
+    tl.store(mask + tile.to(tl.int64) * words + word, bits, tile < tiles)
+
+
+@triton.jit
+def _exponent(power):
+    """`i`, of `1 << i` in 32 bits, by way of a float's exponent."""
+    number = power.to(tl.uint32, bitcast=True).to(tl.float32)
+    return (number.to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def _bins_within(start, bin_size, low, high, BINS: tl.constexpr):
+    """From which bin, to which one no more, points may lie in `[low, high]`."""
+    first = tl.floor(_divide(low - start, bin_size) - 0.01)
+    stop = tl.floor(_divide(high - start, bin_size) + 0.01) + 1
+    first = tl.where(bin_size > 0, tl.minimum(tl.maximum(first, 0.0), BINS), 0.0)
+    stop = tl.where(bin_size > 0, tl.minimum(tl.maximum(stop, 0.0), BINS), BINS)
+    return first.to(tl.int32), stop.to(tl.int32)
+
+
+@triton.jit
+def _weight(cell, start, bin_size, b, low, high, extent, RATIO: tl.constexpr):
+    """Weight of a cell in bin `b`, or of a vector of cells; its points beyond `[low, high]` have none.
+
+    A point spreads over the cells as a hat: 1 where it lies, falling to 0 at a distance of one.
+    """
+    bin_start = start + b * bin_size
+    grid, first, number = _visits(bin_start, bin_size, low, high, RATIO)
+    total = cell * 0
+    for i in range(RATIO if RATIO > 0 else number):
+        point, touched = _point(bin_start, bin_size, grid, first + i, extent, RATIO)
+        total += tl.where(touched, tl.maximum(1 - tl.abs(cell - point), 0.0), 0.0)
+    return _share(total, grid, RATIO)
+
+
+@triton.jit
+def _add(total, value, weight):
+    """`total + value * weight`, but a weight of zero lets no NaN through."""
+    return tl.where(weight != 0, tl.fma(value, weight, total), total)
+
+
+@triton.jit(do_not_specialize=["count", "tiles", "words"])
+def backward(
+    grads, image_strides, channel_strides, row_strides, column_strides, heights, widths,
+    grad, grad_strides, mask, first_tiles, tiles, words, rois, count, channels, scales,
+    MINE: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr,
+    RATIO: tl.constexpr, ALIGNED: tl.constexpr, INNERMOST: tl.constexpr,
+    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """One tile of a gradient map and a block of channels per program, which writes them once.
+
+    RoIs that touch the tile are added in ascending order. Of each, a row of bins is spread along x over
+    a row of cells, which is spread along y over the rows of the tile: a tensor for each of these. The
+    weights along x of `RUN` bins are held at a time.
+    """
+    dtype: tl.constexpr = rois.dtype.element_ty
+    across: tl.constexpr = 1 if INNERMOST else 0  # the axis of a row along which the channels lie
+    program = tl.program_id(0)
+    tile = program % tiles
+    channel = (program // tiles * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)).to(tl.int64)
+    here = tl.expand_dims(channel < channels, 1 - across)
+    level, image, y_first, x_first = _tile(tile, first_tiles, heights, widths, TILE_Y, TILE_X)
+    if (MINE >> level) & 1 == 0:
+        return
+    scale = _number_of(scales, level, dtype)
+    height, width = _whole_of(heights, level), _whole_of(widths, level)
+    y_extent, x_extent = height.to(dtype), width.to(dtype)
+    y_low, x_low = y_first.to(dtype) - 1, x_first.to(dtype) - 1
+    y_high, x_high = tl.minimum(y_low + 1 + TILE_Y, y_extent), tl.minimum(x_low + 1 + TILE_X, x_extent)
+    columns = (x_first + tl.arange(0, TILE_X)).to(dtype)
+    roi_stride, grad_y, grad_x = _whole(grad_strides[0]), _whole(grad_strides[2]), _whole(grad_strides[3])
+    grad += tl.expand_dims(channel * _whole(grad_strides[1]), 1 - across)
+    words_at = mask + tile.to(tl.int64) * words
+
+    row = tl.zeros((TILE_X, BLOCK_CHANNELS) if INNERMOST else (BLOCK_CHANNELS, TILE_X), dtype)
+    total = (row,)
+    for _ in tl.static_range(TILE_Y - 1):
+        total = total + (row,)
+    for word in range(words):
+        bits = tl.load(words_at + word)
+        while bits != 0:
+            lowest = bits & -bits
+            bits = bits ^ lowest
+            k = (word * 32 + _exponent(lowest)).to(tl.int64)
+            x1, y1 = tl.load(rois + 5 * k + 1) * scale, tl.load(rois + 5 * k + 2) * scale
+            x2, y2 = tl.load(rois + 5 * k + 3) * scale, tl.load(rois + 5 * k + 4) * scale
+            y_start, y_size = _to_map(y1, y2, ALIGNED)
+            x_start, x_size = _to_map(x1, x2, ALIGNED)
+            y_bin, x_bin = _divide(y_size, BINS_Y * 1.0), _divide(x_size, BINS_X * 1.0)
+            first_bin, stop_bin = _bins_within(y_start, y_bin, y_low, y_high, BINS_Y)
+            for q in range(0, BINS_X, RUN):
+                weights = ()
+                for i in tl.static_range(RUN):
+                    weight = _weight(columns, x_start, x_bin, q + i, x_low, x_high, x_extent, RATIO)
+                    weights = weights + (tl.expand_dims(weight, across),)
+                for p in range(first_bin, stop_bin):
+                    bins = grad + (k * roi_stride + p * grad_y + q * grad_x)
+                    row = tl.zeros_like(row)
+                    for i in tl.static_range(RUN):
+                        look = channel < tl.where(q + i < BINS_X, channels, 0)
+                        value = tl.load(bins + i * grad_x, tl.expand_dims(look, 1 - across), 0)
+                        row = _add(row, value.to(dtype), weights[i])
+                    sums = ()
+                    for y in tl.static_range(TILE_Y):
+                        cell = y_low + (1 + y)
+                        y_weight = _weight(cell, y_start, y_bin, p, cell - 1, cell + 1, y_extent, RATIO)
+                        sums = sums + (_add(total[y], row, y_weight),)
+                    total = sums
+
+    grads_at = _pointer_of(grads, level) + image * _whole_of(image_strides, level)
+    grads_at += tl.expand_dims(channel * _whole_of(channel_strides, level), 1 - across)
+    x = x_first + tl.arange(0, TILE_X)
+    grads_at += tl.expand_dims(x * _whole_of(column_strides, level), across)
+    here &= tl.expand_dims(x < width, across)
+    for i in tl.static_range(TILE_Y):
+        y = y_first + i
+        result = total[i].to(grads[0].dtype.element_ty)
+        tl.store(grads_at + y * _whole_of(row_strides, level), result, here & (y < height))
