@@ -10,6 +10,8 @@ Integers of the maps come as `2 * n + 3` (see `engine.plain`) and floats as summ
 import triton
 import triton.language as tl
 
+UNROLLED = tl.constexpr(4)  # the largest grid whose loops are laid out
+
 
 @triton.jit
 def _whole(plain):
@@ -143,11 +145,10 @@ def _visits(bin_start, bin_size, low, high, RATIO: tl.constexpr):
         return grid, bin_start * 0, tl.full(bin_start.shape, RATIO, tl.int32)
     else:
         grid = tl.maximum(tl.ceil(bin_size), 0.0)
-        step = tl.where(grid > 0, _divide(bin_size, tl.maximum(grid, 1.0)), 1.0)
-        # One point more on either side, because the division rounds; _point looks at each.
-        first = tl.floor(_divide(low - bin_start, step) - 0.5) - 1.0
-        first = tl.minimum(tl.maximum(first, 0.0), grid)
-        last = tl.minimum(tl.ceil(_divide(high - bin_start, step) - 0.5) + 1.0, grid - 1.0)
+        # Two points more on either side, because the divisions round; _point looks at each.
+        step = tl.where(grid > 0, bin_size / tl.maximum(grid, 1.0), 1.0)
+        first = tl.minimum(tl.maximum(tl.floor((low - bin_start) / step - 0.5) - 2.0, 0.0), grid)
+        last = tl.minimum(tl.ceil((high - bin_start) / step - 0.5) + 2.0, grid - 1.0)
         return tl.maximum(grid, 1.0), first, tl.maximum(last - first + 1.0, 0.0).to(tl.int32)
 
 
@@ -160,12 +161,39 @@ def _point(bin_start, bin_size, grid, index, extent, RATIO: tl.constexpr):
 
 
 @triton.jit
-def _taps(bin_start, bin_size, grid, index, extent, RATIO: tl.constexpr):
-    """Of a sampling point: low cell, high cell, the share of the high one, and whether to look."""
-    point, touched = _point(bin_start, bin_size, grid, index, extent, RATIO)
+def _taps(axis, i, RATIO: tl.constexpr):
+    """Of point `i` of every bin: offset of the low cell, of the high one, its share, whether to look."""
+    bin_start, bin_size, grid, first, number, extent, stride = axis
+    point, touched = _point(bin_start, bin_size, grid, first + i, extent, RATIO)
     low = tl.floor(point)
     high = tl.minimum(low + 1, extent - 1)
-    return low.to(tl.int64), high.to(tl.int64), point - low, touched
+    return low.to(tl.int64) * stride, high.to(tl.int64) * stride, point - low, touched & (i < number)
+
+
+@triton.jit
+def _add_row(total, cells, here, inside, i, ys, xs, RATIO: tl.constexpr, ACROSS: tl.constexpr):
+    """Add row `i` of the sampling points of every bin."""
+    y_taps = _taps(ys, i, RATIO)
+    if RATIO > 0 and RATIO <= UNROLLED:
+        for j in tl.static_range(RATIO):
+            total = _add_point(total, cells, here, inside, y_taps, _taps(xs, j, RATIO), ACROSS)
+    else:
+        for j in range(_most(xs[4], RATIO)):
+            total = _add_point(total, cells, here, inside, y_taps, _taps(xs, j, RATIO), ACROSS)
+    return total
+
+
+@triton.jit
+def _add_point(total, cells, here, inside, y_taps, x_taps, ACROSS: tl.constexpr):
+    """Add the four cells around one sampling point of every bin."""
+    look = here & tl.expand_dims(inside & y_taps[3] & x_taps[3], ACROSS)
+    for corner in tl.static_range(4):
+        y_weight = y_taps[2] if corner >= 2 else 1 - y_taps[2]
+        x_weight = x_taps[2] if corner % 2 == 1 else 1 - x_taps[2]
+        offset = y_taps[corner // 2] + x_taps[corner % 2]
+        value = tl.load(cells + tl.expand_dims(offset, ACROSS), look, 0).to(total.dtype)
+        total = tl.fma(value, tl.expand_dims(y_weight * x_weight, ACROSS), total)
+    return total
 
 
 @triton.jit
@@ -224,18 +252,14 @@ def forward(
     total = tl.zeros(
         (BLOCK_BINS, BLOCK_CHANNELS) if INNERMOST else (BLOCK_CHANNELS, BLOCK_BINS), dtype
     )
-    for i in range(_most(y_number, RATIO)):
-        y_low, y_high, y_share, y_touched = _taps(y_first_cell, y_bin, y_grid, y_first + i, y_extent, RATIO)
-        y_touched &= inside & (i < y_number)
-        for j in range(_most(x_number, RATIO)):
-            x_low, x_high, x_share, touched = _taps(x_first_cell, x_bin, x_grid, x_first + j, x_extent, RATIO)
-            touched &= y_touched & (j < x_number)
-            look = here & tl.expand_dims(touched, across)
-            for corner in tl.static_range(4):
-                y, y_weight = (y_low, 1 - y_share) if corner < 2 else (y_high, y_share)
-                x, x_weight = (x_low, 1 - x_share) if corner % 2 == 0 else (x_high, x_share)
-                value = tl.load(cells + tl.expand_dims(y * y_stride + x * x_stride, across), look, 0)
-                total = tl.fma(value.to(dtype), tl.expand_dims(y_weight * x_weight, across), total)
+    ys = (y_first_cell, y_bin, y_grid, y_first, y_number, y_extent, y_stride)
+    xs = (x_first_cell, x_bin, x_grid, x_first, x_number, x_extent, x_stride)
+    if RATIO > 0 and RATIO <= UNROLLED:
+        for i in tl.static_range(RATIO):
+            total = _add_row(total, cells, here, inside, i, ys, xs, RATIO, across)
+    else:
+        for i in range(_most(y_number, RATIO)):
+            total = _add_row(total, cells, here, inside, i, ys, xs, RATIO, across)
     total = _share(_share(total, y_grid, RATIO), x_grid, RATIO)
     total = tl.where(poolable, total, float("nan"))
 
@@ -325,17 +349,24 @@ def _bins_within(start, bin_size, low, high, BINS: tl.constexpr):
 
 @triton.jit
 def _weight(cell, start, bin_size, b, low, high, extent, RATIO: tl.constexpr):
-    """Weight of a cell in bin `b`, or of a vector of cells; its points beyond `[low, high]` have none.
-
-    A point spreads over the cells as a hat: 1 where it lies, falling to 0 at a distance of one.
-    """
+    """Weight of a cell in bin `b`, or of a tensor of cells; its points beyond `[low, high]` have none."""
     bin_start = start + b * bin_size
     grid, first, number = _visits(bin_start, bin_size, low, high, RATIO)
     total = cell * 0
-    for i in range(RATIO if RATIO > 0 else number):
-        point, touched = _point(bin_start, bin_size, grid, first + i, extent, RATIO)
-        total += tl.where(touched, tl.maximum(1 - tl.abs(cell - point), 0.0), 0.0)
+    if RATIO > 0 and RATIO <= UNROLLED:
+        for i in tl.static_range(RATIO):
+            total += _hat(cell, bin_start, bin_size, grid, i, extent, RATIO)
+    else:
+        for i in range(number):
+            total += _hat(cell, bin_start, bin_size, grid, first + i, extent, RATIO)
     return _share(total, grid, RATIO)
+
+
+@triton.jit
+def _hat(cell, bin_start, bin_size, grid, index, extent, RATIO: tl.constexpr):
+    """What a point gives a cell: 1 where it lies, falling to 0 at a distance of one."""
+    point, touched = _point(bin_start, bin_size, grid, index, extent, RATIO)
+    return tl.where(touched, tl.maximum(1 - tl.abs(cell - point), 0.0), 0.0)
 
 
 @triton.jit
@@ -372,12 +403,13 @@ def backward(
     y_extent, x_extent = height.to(dtype), width.to(dtype)
     y_low, x_low = y_first.to(dtype) - 1, x_first.to(dtype) - 1
     y_high, x_high = tl.minimum(y_low + 1 + TILE_Y, y_extent), tl.minimum(x_low + 1 + TILE_X, x_extent)
-    columns = (x_first + tl.arange(0, TILE_X)).to(dtype)
     roi_stride, grad_y, grad_x = _whole(grad_strides[0]), _whole(grad_strides[2]), _whole(grad_strides[3])
     grad += tl.expand_dims(channel * _whole(grad_strides[1]), 1 - across)
     words_at = mask + tile.to(tl.int64) * words
 
     row = tl.zeros((TILE_X, BLOCK_CHANNELS) if INNERMOST else (BLOCK_CHANNELS, TILE_X), dtype)
+    # As large as a row, so that it lies in the threads as a row does.
+    columns = row + tl.expand_dims(x_first + tl.arange(0, TILE_X), across).to(dtype)
     total = (row,)
     for _ in tl.static_range(TILE_Y - 1):
         total = total + (row,)
@@ -397,7 +429,7 @@ def backward(
                 weights = ()
                 for i in tl.static_range(RUN):
                     weight = _weight(columns, x_start, x_bin, q + i, x_low, x_high, x_extent, RATIO)
-                    weights = weights + (tl.expand_dims(weight, across),)
+                    weights = weights + (weight,)
                 for p in range(first_bin, stop_bin):
                     bins = grad + (k * roi_stride + p * grad_y + q * grad_x)
                     row = tl.zeros_like(row)
