@@ -70,7 +70,7 @@ def forward(
     rule = _rule(tuple(scales), canonical_scale, canonical_level, rois.dtype)
     for maps, mine in _by_dtype(features):
         innermost = _innermost(maps, out)
-        block_bins, block_channels = _forward_blocks(math.prod(bins), channels, innermost)
+        block_bins, block_channels = _forward_blocks(math.prod(bins), channels, innermost, sampling_ratio)
         blocks = math.ceil(math.prod(bins) / block_bins) * math.ceil(channels / block_channels)
         kernels.forward[(count * blocks,)](
             out, tuple(map(plain, out.stride())), *_describe(maps), rois.contiguous(),
@@ -113,14 +113,15 @@ def backward(
             FINEST=rule.finest, DELTAS=rule.deltas, ALIGNED=aligned,
             TILE_Y=_TILE_Y, TILE_X=_TILE_X, BLOCK_TILES=_TOUCH_TILES, **_OPTIONS,
         )  # fmt: skip
-    block_channels = min(_power_of_two(channels), 32)
-    run = math.ceil(bins[1] / math.ceil(bins[1] / 8))
+    innermost = all(g.stride(1) == 1 and g.stride(3) != 1 for g in grads)
+    block_channels = min(_power_of_two(channels), 32 if innermost else 16)
+    run = bins[1] if bins[1] <= 8 else math.ceil(bins[1] / math.ceil(bins[1] / 5))
     for maps, mine in _by_dtype(grads):
         kernels.backward[(tiles * math.ceil(channels / block_channels),)](
             *_describe(maps), grad, tuple(map(plain, grad.stride())), mask, first_tiles, tiles, words,
             rois, count, channels, rule.scales,
             MINE=mine, BINS_Y=bins[0], BINS_X=bins[1], RATIO=max(sampling_ratio, 0), ALIGNED=aligned,
-            INNERMOST=all(m.stride(1) == 1 and m.stride(3) != 1 for m in maps),
+            INNERMOST=innermost,
             TILE_Y=_TILE_Y, TILE_X=_TILE_X, BLOCK_CHANNELS=block_channels, RUN=run, **_OPTIONS,
         )  # fmt: skip
 
@@ -160,11 +161,12 @@ def _innermost(maps: Sequence[Tensor], out: Tensor) -> int:
 
 
 @functools.lru_cache(256)
-def _forward_blocks(bins: int, channels: int, innermost: int) -> tuple[int, int]:
-    """Bins and channels per program: about eight elements of the output for each of 128 threads."""
+def _forward_blocks(bins: int, channels: int, innermost: int, sampling_ratio: int) -> tuple[int, int]:
+    """Bins and channels per program: eight elements of the output, or four, for each of 128 threads."""
     if innermost:
         block_channels = min(_power_of_two(channels), 128)
-        return min(_power_of_two(bins), 1024 // block_channels), block_channels
+        elements = 1024 if sampling_ratio > 0 else 512  # an adaptive grid takes registers
+        return min(_power_of_two(bins), elements // block_channels), block_channels
     block_bins = min(_power_of_two(bins), 64)
     return block_bins, min(_power_of_two(channels), 1024 // block_bins)
 
