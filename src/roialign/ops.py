@@ -35,7 +35,12 @@ _LIB.define(  # type: ignore[no-untyped-call]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 # device type -> module of its engine, imported when first run. Any other device: the reference.
-ENGINES: dict[str, str] = {"cpu": "roialign.cpu.engine"}
+# On "xpu" the GPU engine has never been run; Triton serves it as it does "cuda".
+ENGINES: dict[str, str] = {
+    "cpu": "roialign.cpu.engine",
+    "cuda": "roialign.gpu.engine",
+    "xpu": "roialign.gpu.engine",
+}
 
 
 def engine(device_type: str) -> ModuleType:
@@ -48,7 +53,7 @@ def engine(device_type: str) -> ModuleType:
 def _load(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:  # a Numba that is missing, or broken on this platform, can raise anything
+    except Exception as error:  # a Numba or Triton that is missing or broken can raise anything
         reason = f"{type(error).__name__}: {error}"
         warnings.warn(f"{name} cannot be used, the slow reference serves instead ({reason})", stacklevel=2)
         return reference

@@ -115,6 +115,7 @@ def backward(
         )  # fmt: skip
     innermost = all(g.stride(1) == 1 and g.stride(3) != 1 for g in grads)
     block_channels = min(_power_of_two(channels), 32 if innermost else 16)
+    # Weights of so many bins at a time as there are registers for.
     run = bins[1] if bins[1] <= 8 else math.ceil(bins[1] / math.ceil(bins[1] / 5))
     for maps, mine in _by_dtype(grads):
         kernels.backward[(tiles * math.ceil(channels / block_channels),)](
@@ -122,8 +123,14 @@ def backward(
             rois, count, channels, rule.scales,
             MINE=mine, BINS_Y=bins[0], BINS_X=bins[1], RATIO=max(sampling_ratio, 0), ALIGNED=aligned,
             INNERMOST=innermost,
-            TILE_Y=_TILE_Y, TILE_X=_TILE_X, BLOCK_CHANNELS=block_channels, RUN=run, **_OPTIONS,
+            TILE_Y=_TILE_Y, TILE_X=_TILE_X, BLOCK_CHANNELS=block_channels, RUN=run, **_OPTIONS, **_registers(rois),
         )  # fmt: skip
+
+
+def _registers(rois: Tensor) -> dict[str, int]:
+    """Registers per thread: left to itself, NVIDIA's assembler spills a few to run more programs at once."""
+    nvidia = rois.device.type != "xpu" and torch.version.hip is None
+    return {"maxnreg": 168} if nvidia and rois.dtype == torch.float32 else {}
 
 
 @functools.lru_cache(256)

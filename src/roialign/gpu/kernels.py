@@ -249,9 +249,7 @@ def forward(
     x_grid, x_first, x_number = _visits(x_first_cell, x_bin, -1.0, x_extent, RATIO)
     inside = bins < tl.where(poolable, BINS_Y * BINS_X, 0)
 
-    total = tl.zeros(
-        (BLOCK_BINS, BLOCK_CHANNELS) if INNERMOST else (BLOCK_CHANNELS, BLOCK_BINS), dtype
-    )
+    total = tl.zeros((BLOCK_BINS, BLOCK_CHANNELS) if INNERMOST else (BLOCK_CHANNELS, BLOCK_BINS), dtype)
     ys = (y_first_cell, y_bin, y_grid, y_first, y_number, y_extent, y_stride)
     xs = (x_first_cell, x_bin, x_grid, x_first, x_number, x_extent, x_stride)
     if RATIO > 0 and RATIO <= UNROLLED:

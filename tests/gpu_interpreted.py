@@ -1,0 +1,194 @@
+"""Run the GPU engine on CPU tensors, in Triton's interpreter, and hold it against the reference."""
+
+import os
+import time
+from collections.abc import Callable
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import torch
+from torch import Tensor
+
+from roialign import levels, ops, reference
+from roialign.gpu import engine
+from roialign.testing import LAYOUTS, assert_within_budget, hostile_boxes, pyramid, random_boxes
+
+SIZE = (48, 72)
+CANONICAL = (28.0, 4.0)
+
+
+def rois_of(boxes: list[Tensor]) -> Tensor:
+    return torch.cat([torch.cat((torch.full_like(b[:, :1], i), b), 1) for i, b in enumerate(boxes)])
+
+
+def assert_agrees(actual: Tensor, truth: Tensor, expected: Tensor) -> None:
+    if actual.dtype == torch.float64:  # the truth is rounded likewise
+        torch.testing.assert_close(actual, truth, rtol=1e-12, atol=1e-12, equal_nan=True)
+    else:
+        assert_within_budget(actual, truth=truth, reference=expected)
+
+
+def check(
+    strides,
+    output_size,
+    ratio,
+    *,
+    aligned=False,
+    dtype=torch.float32,
+    layout="contiguous",
+    channels=5,
+    images=2,
+    rois=None,
+    given=None,
+    dtypes=None,
+) -> None:
+    """Forward and backward against the reference, which in float64 serves as the truth."""
+    working = torch.float64 if dtype == torch.float64 else torch.float32
+    features = pyramid(strides, image_size=SIZE, images=images, channels=channels, dtype=dtype, layout=layout)
+    features = [f.to(d) for f, d in zip(features, dtypes or [dtype] * len(strides), strict=True)]
+    if rois is None:
+        rois = rois_of(random_boxes([3] * images, image_size=SIZE, dtype=working))
+    rois = rois.to(working)
+    scales = [1 / s for s in strides]
+    rest = (ratio, aligned, *CANONICAL)
+    mapped = given
+    if given is None:  # the truth has the levels that the working precision chose
+        mapped = levels.assign_levels(rois[:, 1:], levels.map_levels_of(scales), *CANONICAL)
+    shape = (len(rois), channels, *output_size)
+    out = reference.empty(shape, dtype, rois.device, ops.is_channels_last(features[0]))
+    expected, truth = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=torch.float64)
+    engine.forward(out, features, rois, given, scales, *rest)
+    reference.forward(expected, features, rois, given, scales, *rest)
+    reference.forward(truth, [f.double() for f in features], rois.double(), mapped, scales, *rest)
+    assert_agrees(out, truth, expected)
+
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    grad = LAYOUTS[layout](grad)
+    results: list[list[Tensor]] = []
+    for garbage in (torch.nan, 7.0):
+        results.append([LAYOUTS[layout](torch.full_like(f, garbage)) for f in features])
+        engine.backward(results[-1], grad, rois, given, scales, *rest)
+    same = [torch.empty_like(f) for f in features]
+    truths = [torch.empty_like(f, dtype=torch.float64) for f in features]
+    reference.backward(same, grad, rois, given, scales, *rest)
+    reference.backward(truths, grad.double(), rois.double(), mapped, scales, *rest)
+    for first, again, r, t in zip(*results, same, truths, strict=True):
+        assert torch.equal(first, again)  # the same bits, and every element is written
+        assert_agrees(first, t, r)
+
+
+def check_dtypes_and_layouts() -> None:
+    for i, dtype in enumerate(ops.DTYPES):
+        for layout in ("contiguous", "channels_last", "sliced"):
+            check([8, 16], (2, 3), (2, 3, 0)[i % 3], dtype=dtype, layout=layout, images=1)
+    check([8, 16], (2, 3), 2, layout="channels_last", channels=16)  # strides that 16 divides
+    check([8, 16, 32], (2, 3), 2, dtypes=[torch.float32, torch.bfloat16, torch.float32])
+
+
+def check_bins_and_grids() -> None:
+    for output_size in ((1, 1), (2, 3), (7, 7), (3, 14)):
+        for ratio in (2, 3, 0, -1, 6):
+            if output_size == (2, 3) or ratio in (2, 0):
+                check([16, 32], output_size, ratio, aligned=ratio == 3, channels=3, images=1)
+    check([16], (2, 2), -1, aligned=True)
+
+
+def check_pyramids() -> None:
+    boxes = rois_of(random_boxes([9, 7], image_size=SIZE, seed=3))
+    for strides in ([8], [8, 16], [32, 8, 16], [8, 16, 32, 64], [16, 32, 32], [8, 32], [1 / 0.07]):
+        check(strides, (2, 2), 2, rois=boxes, channels=3)
+    given = torch.tensor([0, 1, 1, 0, 2, 1, 0, 0, 1, 1, -1, 3, 2, 2, 1, 0])
+    check([8, 16, 32], (2, 2), 2, rois=boxes, given=given, channels=3)
+    many = rois_of(random_boxes([40, 30], image_size=SIZE, seed=4))  # more than a word of the mask
+    check([16, 32], (1, 2), 2, rois=many, channels=2)
+
+
+def check_boundaries_of_levels() -> None:
+    """Sizes beside the steps of equation 1: each must fall on the side where PyTorch has it."""
+    strides = [8, 16, 32, 64]
+    scales = [1 / s for s in strides]
+    for working in (torch.float32, torch.float64):
+        sides = torch.tensor([7.0, 14.0, 28.0, 56.0], dtype=working)
+        near = [sides]
+        for direction in (0.0, 1e9):
+            side = sides
+            for _ in range(12):
+                side = torch.nextafter(side, torch.full_like(side, direction))
+                near.append(side)
+        side = torch.cat(near)
+        rois = torch.stack((side * 0, side * 0, side * 0, side, side), 1)
+        features = [torch.full((1, 1, 2, 2), float(i), dtype=working) for i in range(4)]
+        out = torch.empty(len(rois), 1, 1, 1, dtype=working)
+        engine.forward(out, features, rois, None, scales, 1, False, *CANONICAL)
+        wanted = levels.assign_levels(rois[:, 1:], levels.map_levels_of(scales), *CANONICAL)
+        inside = ~out.flatten().eq(0) | wanted.eq(0)  # the centre of every box meets its map
+        assert inside.all()
+        assert torch.equal(out.flatten().long(), wanted)
+
+
+def check_hostile_boxes() -> None:
+    for aligned, ratio in ((False, 2), (True, 2), (False, 0), (True, 0)):
+        boxes = hostile_boxes()
+        rois = torch.cat((torch.zeros(len(boxes), 1), boxes), 1)
+        rois[3, 0], rois[5, 0], rois[8, 0] = 2, -1, torch.nan
+        check([16, 32], (2, 3), ratio, aligned=aligned, rois=rois, channels=2)
+
+
+def check_that_nan_stays_where_it_is() -> None:
+    rois = torch.tensor([[0.0, 4, 4, 20, 20], [0.0, 40, 20, 60, 40]])
+    feature = torch.zeros(1, 1, 12, 18)
+    feature[..., 9, 17] = torch.nan
+    out, expected = torch.empty(2, 2, 1, 2, 2)
+    grad = torch.ones(2, 1, 2, 2)
+    grad[0, 0, 1, 1] = torch.nan
+    rest = (rois, None, [0.25], 2, False, *CANONICAL)
+    engine.forward(out, [feature], *rest)
+    reference.forward(expected, [feature], *rest)
+    assert torch.equal(out.isnan(), expected.isnan())
+    actual, wanted = torch.empty(2, 1, 1, 12, 18)
+    engine.backward([actual], grad, *rest)
+    reference.backward([wanted], grad, *rest)
+    assert actual.isnan().any()
+    assert torch.equal(actual.isnan(), wanted.isnan())
+
+
+def check_no_rois() -> None:
+    features = pyramid([8, 16], image_size=SIZE)
+    grads = [torch.full_like(f, torch.nan) for f in features]
+    engine.backward(
+        grads, torch.empty(0, 4, 2, 2), torch.empty(0, 5), None, [0.125, 0.0625], 2, False, 28.0, 4
+    )
+    assert all((g == 0).all() for g in grads)
+
+
+def check_operators() -> None:
+    """Through the dispatcher: gradients of the first and second order."""
+    saved = dict(ops.ENGINES)
+    ops.ENGINES["cpu"] = "roialign.gpu.engine"
+    try:
+        features = pyramid([16, 32], image_size=(32, 32), channels=1, dtype=torch.float64)
+        rois = rois_of(random_boxes([2], image_size=(32, 32), dtype=torch.float64))
+        leaves = [f.requires_grad_() for f in features]
+
+        def pool(*maps):
+            return torch.ops.roialign.multiscale_roi_align(
+                maps, rois, None, 1, 2, [1 / 16, 1 / 32], 2, False, *CANONICAL
+            )
+
+        assert torch.autograd.gradcheck(pool, leaves)
+        assert torch.autograd.gradgradcheck(pool, leaves)
+    finally:
+        ops.ENGINES.update(saved)
+
+
+def main() -> None:
+    checks: list[Callable[[], None]] = [f for name, f in globals().items() if name.startswith("check_")]
+    for function in checks:
+        start = time.monotonic()
+        function()
+        print(f"{function.__name__}: {time.monotonic() - start:.1f} s", flush=True)
+    print("all agree")
+
+
+if __name__ == "__main__":
+    main()
