@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..levels import staircase
 from ..reference import empty as empty
-from . import kernels
+from . import backward as backward_kernels
+from . import forward as forward_kernel
 
-# Coordinates keep their order of operations; see `kernels`. There is nothing to pipeline.
+# Coordinates keep their order of operations; see `geometry`. There is nothing to pipeline.
 _OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 
 _TILE_Y, _TILE_X = 8, 16  # cells of a gradient map that one program sums up
@@ -72,13 +73,14 @@ def forward(
         innermost = _innermost(maps, out)
         block_bins, block_channels = _forward_blocks(math.prod(bins), channels, innermost, sampling_ratio)
         blocks = math.ceil(math.prod(bins) / block_bins) * math.ceil(channels / block_channels)
-        kernels.forward[(count * blocks,)](
+        forward_kernel.forward[(count * blocks,)](
             out, tuple(map(plain, out.stride())), *_describe(maps), rois.contiguous(),
             None if levels is None else levels.contiguous(), count, len(features[0]), channels,
             rule.scales, rule.canonical_scale, rule.thresholds,
             FINEST=rule.finest, DELTAS=rule.deltas, MINE=mine, BINS_Y=bins[0], BINS_X=bins[1],
             RATIO=max(sampling_ratio, 0), ALIGNED=aligned,
-            INNERMOST=innermost, BLOCK_BINS=block_bins, BLOCK_CHANNELS=block_channels, **_OPTIONS,
+            INNERMOST=innermost, BLOCK_BINS=block_bins, BLOCK_CHANNELS=block_channels,
+            **_OPTIONS, **({} if innermost else _registers(rois, 128)),
         )  # fmt: skip
 
 
@@ -106,7 +108,7 @@ def backward(
     mask = torch.empty((tiles, words), dtype=torch.int32, device=rois.device)
     if count:
         *_, heights, widths = _describe(grads)
-        kernels.touch[(words * math.ceil(tiles / _TOUCH_TILES),)](
+        backward_kernels.touch[(words * math.ceil(tiles / _TOUCH_TILES),)](
             mask, heights, widths, first_tiles, tiles, words,
             rois, None if levels is None else levels.contiguous(), count, len(grads[0]),
             rule.scales, rule.canonical_scale, rule.thresholds,
@@ -118,19 +120,19 @@ def backward(
     # Weights of so many bins at a time as there are registers for.
     run = bins[1] if bins[1] <= 8 else math.ceil(bins[1] / math.ceil(bins[1] / 5))
     for maps, mine in _by_dtype(grads):
-        kernels.backward[(tiles * math.ceil(channels / block_channels),)](
+        backward_kernels.backward[(tiles * math.ceil(channels / block_channels),)](
             *_describe(maps), grad, tuple(map(plain, grad.stride())), mask, first_tiles, tiles, words,
             rois, count, channels, rule.scales,
             MINE=mine, BINS_Y=bins[0], BINS_X=bins[1], RATIO=max(sampling_ratio, 0), ALIGNED=aligned,
-            INNERMOST=innermost,
-            TILE_Y=_TILE_Y, TILE_X=_TILE_X, BLOCK_CHANNELS=block_channels, RUN=run, **_OPTIONS, **_registers(rois),
+            INNERMOST=innermost, TILE_Y=_TILE_Y, TILE_X=_TILE_X, BLOCK_CHANNELS=block_channels, RUN=run,
+            **_OPTIONS, **_registers(rois, 168 if sampling_ratio > 0 else 208),
         )  # fmt: skip
 
 
-def _registers(rois: Tensor) -> dict[str, int]:
+def _registers(rois: Tensor, most: int) -> dict[str, int]:
     """Registers per thread: left to itself, NVIDIA's assembler spills a few to run more programs at once."""
     nvidia = rois.device.type != "xpu" and torch.version.hip is None
-    return {"maxnreg": 168} if nvidia and rois.dtype == torch.float32 else {}
+    return {"maxnreg": most} if nvidia and rois.dtype == torch.float32 else {}
 
 
 @functools.lru_cache(256)

@@ -1,0 +1,161 @@
+"""What the kernels share: where RoIs lie on the maps, and where their sampling points do.
+
+Coordinates are computed in the order of `reference.py`, with correctly rounded divisions; so that no
+multiplication and addition of theirs are fused, kernels are launched with `enable_fp_fusion=False` and
+say `tl.fma` where sums may be. So a sampling point lies on the same side of a boundary in every engine.
+
+Integers of the maps come as `2 * n + 3` (see `engine.plain`) and floats as summands (see `engine.exact`).
+"""
+
+import triton
+import triton.language as tl
+
+UNROLLED = tl.constexpr(4)  # the largest grid whose loops are laid out
+
+
+@triton.jit
+def whole(plain):
+    """The integer that `engine.plain` wrapped."""
+    return (plain.to(tl.int64) - 3) >> 1
+
+
+@triton.jit
+def number(summands, DTYPE: tl.constexpr):
+    """The float that `engine.exact` split."""
+    total = tl.zeros((), DTYPE)
+    for i in tl.static_range(len(summands)):
+        total += summands[i]
+    return total
+
+
+@triton.jit
+def whole_of(plains, level):
+    """The integer of a level, or of a vector of levels."""
+    result = tl.where(level == 0, whole(plains[0]), 0)
+    for i in tl.static_range(1, len(plains)):
+        result = tl.where(level == i, whole(plains[i]), result)
+    return result
+
+
+@triton.jit
+def number_of(numbers, level, DTYPE: tl.constexpr):
+    """The float of a level, or of a vector of levels."""
+    result = tl.where(level == 0, number(numbers[0], DTYPE), 1.0)
+    for i in tl.static_range(1, len(numbers)):
+        result = tl.where(level == i, number(numbers[i], DTYPE), result)
+    return result.to(DTYPE)
+
+
+@triton.jit
+def multiple(n, FACTOR: tl.constexpr):
+    """`n`, which is a multiple of a factor, such that the compiler sees it and reads several at once."""
+    if FACTOR > 1:
+        return n // FACTOR * FACTOR
+    else:
+        return n
+
+
+@triton.jit
+def pointer_of(pointers, level):
+    """The pointer of a level."""
+    result = pointers[0]
+    for i in tl.static_range(1, len(pointers)):
+        result = tl.where(level == i, pointers[i], result)
+    return result
+
+
+@triton.jit
+def divide(a, b):
+    """Correctly rounded, which `/` is in float64 alone."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
+def root(a):
+    """Correctly rounded, which `sqrt` is in float64 alone."""
+    if a.dtype == tl.float32:
+        return tl.sqrt_rn(a)
+    else:
+        return tl.sqrt(a)
+
+
+@triton.jit
+def share(a, grid, RATIO: tl.constexpr):
+    """`a / grid`, correctly rounded. To divide by a power of two is to multiply."""
+    if RATIO > 0 and (RATIO & (RATIO - 1)) == 0:
+        return a * (1.0 / RATIO)
+    else:
+        return divide(a, grid)
+
+
+@triton.jit
+def locate(
+    rois, levels, k, count, images, scales, canonical_scale, thresholds,
+    FINEST: tl.constexpr, DELTAS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Where RoI `k` lies, or a vector of them: level, image, and start and size of either axis in cells.
+
+    The first result says whether it can be pooled. Where not, the rest names cells of the first map.
+    """
+    dtype: tl.constexpr = rois.dtype.element_ty
+    here = k < count
+    row = rois + 5 * k
+    image = tl.load(row, mask=here, other=-1)
+    x1 = tl.load(row + 1, mask=here, other=0)
+    y1 = tl.load(row + 2, mask=here, other=0)
+    x2 = tl.load(row + 3, mask=here, other=0)
+    y2 = tl.load(row + 4, mask=here, other=0)
+    if levels is None:
+        ratio = divide(root((x2 - x1) * (y2 - y1)), number(canonical_scale, dtype))
+        level = tl.where(here, FINEST, 0).to(tl.int64)
+        for step in tl.static_range(len(DELTAS)):
+            level += tl.where(ratio >= number(thresholds[step], dtype), DELTAS[step], 0)
+    else:
+        level = tl.load(levels + k, mask=here, other=-1)
+    exists = (level >= 0) & (level < len(scales)) & (image > -1) & (image < images)
+    level = tl.where(exists, level, 0)
+    scale = number_of(scales, level, dtype)
+    x1, y1, x2, y2 = x1 * scale, y1 * scale, x2 * scale, y2 * scale
+    extent = tl.maximum(tl.abs(x2 - x1), tl.abs(y2 - y1))
+    finite = (tl.abs(x1) < float("inf")) & (tl.abs(y1) < float("inf"))
+    finite &= (tl.abs(x2 - x1) < float("inf")) & (tl.abs(y2 - y1) < float("inf"))
+    poolable = exists & finite & (extent == extent)
+    image = tl.where(poolable, image, 0).to(tl.int64)
+    y_start, y_size = to_map(tl.where(poolable, y1, 0.0), tl.where(poolable, y2, 0.0), ALIGNED)
+    x_start, x_size = to_map(tl.where(poolable, x1, 0.0), tl.where(poolable, x2, 0.0), ALIGNED)
+    return poolable, level, image, y_start, y_size, x_start, x_size
+
+
+@triton.jit
+def to_map(low, high, ALIGNED: tl.constexpr):
+    """Start and size along one axis, in cells of the map."""
+    offset: tl.constexpr = 0.5 if ALIGNED else 0.0
+    start = low - offset
+    size = high - offset - start
+    return start, size if ALIGNED else tl.maximum(size, 1.0)
+
+
+@triton.jit
+def visits(bin_start, bin_size, low, high, RATIO: tl.constexpr):
+    """Points per bin; of them, the first that may lie in `[low, high]`, and how many may."""
+    if RATIO > 0:
+        grid = bin_size * 0 + RATIO
+        return grid, bin_start * 0, tl.full(bin_start.shape, RATIO, tl.int32)
+    else:
+        grid = tl.maximum(tl.ceil(bin_size), 0.0)
+        # Two points more on either side, because the divisions round; point looks at each.
+        step = tl.where(grid > 0, bin_size / tl.maximum(grid, 1.0), 1.0)
+        first = tl.minimum(tl.maximum(tl.floor((low - bin_start) / step - 0.5) - 2.0, 0.0), grid)
+        last = tl.minimum(tl.ceil((high - bin_start) / step - 0.5) + 2.0, grid - 1.0)
+        return tl.maximum(grid, 1.0), first, tl.maximum(last - first + 1.0, 0.0).to(tl.int32)
+
+
+@triton.jit
+def sample_point(bin_start, bin_size, grid, index, extent, RATIO: tl.constexpr):
+    """Sampling point `index` of a bin, clamped to the map, and whether it meets the map."""
+    point = bin_start + share((index + 0.5) * bin_size, grid, RATIO)
+    touched = (point >= -1) & (point <= extent)
+    return tl.minimum(tl.maximum(tl.where(touched, point, 0.0), 0.0), extent - 1), touched
