@@ -79,8 +79,7 @@ def forward(
             rule.scales, rule.canonical_scale, rule.thresholds,
             FINEST=rule.finest, DELTAS=rule.deltas, MINE=mine, BINS_Y=bins[0], BINS_X=bins[1],
             RATIO=max(sampling_ratio, 0), ALIGNED=aligned,
-            INNERMOST=innermost, BLOCK_BINS=block_bins, BLOCK_CHANNELS=block_channels,
-            **_OPTIONS, **({} if innermost else _registers(rois, 128)),
+            INNERMOST=innermost, BLOCK_BINS=block_bins, BLOCK_CHANNELS=block_channels, **_OPTIONS,
         )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ def _taps(axis, i, RATIO: tl.constexpr):
 def _add_row(total, cells, here, inside, i, ys, xs, RATIO: tl.constexpr, ACROSS: tl.constexpr):
     """Add row `i` of the sampling points of every bin."""
     y_taps = _taps(ys, i, RATIO)
-    if RATIO > 0 and RATIO <= UNROLLED:
+    if RATIO > 0 and RATIO <= UNROLLED and ACROSS == 1:
         for j in tl.static_range(RATIO):
             total = _add_point(total, cells, here, inside, y_taps, _taps(xs, j, RATIO), ACROSS)
     else:
@@ -109,7 +109,8 @@ def forward(
     total = tl.zeros((BLOCK_BINS, BLOCK_CHANNELS) if INNERMOST else (BLOCK_CHANNELS, BLOCK_BINS), dtype)
     ys = (y_first_cell, y_bin, y_grid, y_first, y_number, y_extent, y_stride)
     xs = (x_first_cell, x_bin, x_grid, x_first, x_number, x_extent, x_stride)
-    if RATIO > 0 and RATIO <= UNROLLED:
+    # With bins across the lanes, one point already has as many loads as there are registers for.
+    if RATIO > 0 and RATIO <= UNROLLED and across == 1:
         for i in tl.static_range(RATIO):
             total = _add_row(total, cells, here, inside, i, ys, xs, RATIO, across)
     else:
