@@ -44,22 +44,28 @@ def run(
             home = get(map_of, k)
             m = maps + 8 * (home % levels) * MAP_COLUMNS
             src = get(m, AT) + home // levels * get(m, IMAGE_STEP)
-            x_taps, columns = xs.taps + 8 * get(xs.base, k), xs.cells + 8 * get(xs.base, k)
-            n = get(xs.start, k * (get(out, PW) + 1) + get(out, PW))
-            for t in range(n):
-                put(scratch.src_column, t, get(columns, get(x_taps, t)) * get(m, COLUMN_STEP))
-            rows_at_once = max(ONE, CELLS // max(ONE, n))
-            for p in range(get(out, PH)):
-                y0 = get(ys.start, k * (get(out, PH) + 1) + p)
-                stop = get(ys.start, k * (get(out, PH) + 1) + p + 1)
-                first, last = True, False
-                while not last:
-                    y1 = min(y0 + rows_at_once, stop)
-                    last = y1 == stop
-                    _list_cells(tag, m, scratch, ys, xs, k, y0, y1, get(out, PW))
-                    _sum_cells(src_tag, src, tag, out_tag, out, scratch, k, p, channels, first, last)
-                    y0, first = y1, False
+            _pool(src_tag, src, m, tag, out_tag, out, scratch, k, ys, xs, channels)
         task = fetch_add(counter)
+
+
+@part
+def _pool(src_tag, src, m, tag, out_tag, out, scratch, k, ys, xs, channels):
+    """Pool RoI k, a row of bins at a time."""
+    x_taps, columns = xs.taps + 8 * get(xs.base, k), xs.cells + 8 * get(xs.base, k)
+    n = get(xs.start, k * (get(out, PW) + 1) + get(out, PW))
+    for t in range(n):
+        put(scratch.src_column, t, get(columns, get(x_taps, t)) * get(m, COLUMN_STEP))
+    rows_at_once = max(ONE, CELLS // max(ONE, n))
+    for p in range(get(out, PH)):
+        y0 = get(ys.start, k * (get(out, PH) + 1) + p)
+        stop = get(ys.start, k * (get(out, PH) + 1) + p + 1)
+        first, last = True, False
+        while not last:
+            y1 = min(y0 + rows_at_once, stop)
+            last = y1 == stop
+            _list_cells(tag, m, scratch, ys, xs, k, y0, y1, get(out, PW))
+            _sum_cells(src_tag, src, tag, out_tag, out, scratch, k, p, channels, first, last)
+            y0, first = y1, False
 
 
 @part

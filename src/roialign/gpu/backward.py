@@ -25,10 +25,9 @@ def _tile(tile, first_tiles, heights, widths, TILE_Y: tl.constexpr, TILE_X: tl.c
     for i in tl.static_range(1, len(first_tiles)):
         level += tl.where(tile >= whole(first_tiles[i]), 1, 0)
     rows = (whole_of(heights, level) + TILE_Y - 1).to(tl.int32) // TILE_Y
-    columns = tl.maximum((whole_of(widths, level) + TILE_X - 1).to(tl.int32) // TILE_X, 1)
+    columns = (whole_of(widths, level) + TILE_X - 1).to(tl.int32) // TILE_X
     index = tile - whole_of(first_tiles, level).to(tl.int32)
     row = index // columns
-    rows = tl.maximum(rows, 1)
     return level, row // rows, row % rows * TILE_Y, index % columns * TILE_X
 
 
@@ -120,10 +119,10 @@ def _add(total, value, weight):
     return tl.where(weight != 0, tl.fma(value, weight, total), total)
 
 
-@triton.jit(do_not_specialize=["count", "tiles", "words"])
+@triton.jit(do_not_specialize=["tiles", "words"])
 def backward(
     grads, image_strides, channel_strides, row_strides, column_strides, heights, widths,
-    grad, grad_strides, mask, first_tiles, tiles, words, rois, count, channels, scales,
+    grad, grad_strides, mask, first_tiles, tiles, words, rois, channels, scales,
     MINE: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr,
     RATIO: tl.constexpr, ALIGNED: tl.constexpr, INNERMOST: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, RUN: tl.constexpr,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..levels import staircase
+from ..ops import is_channels_last
 from ..reference import empty as empty
 from . import backward as backward_kernels
 from . import forward as forward_kernel
@@ -118,7 +119,7 @@ def backward(
                 FINEST=rule.finest, DELTAS=rule.deltas, ALIGNED=aligned,
                 TILE_Y=_TILE_Y, TILE_X=_TILE_X, BLOCK_TILES=_TOUCH_TILES, **_OPTIONS,
             )  # fmt: skip
-    innermost = all(g.stride(1) == 1 and g.stride(3) != 1 for g in grads)
+    innermost = all(map(is_channels_last, grads))
     block_channels = min(_power_of_two(channels), 32 if innermost and rois.dtype == torch.float32 else 16)
     # Weights of so many bins at a time as there are registers for.
     run = bins[1] if bins[1] <= 8 else math.ceil(bins[1] / math.ceil(bins[1] / 5))
@@ -126,7 +127,7 @@ def backward(
         with _device_of(rois):
             backward_kernels.backward[(tiles * math.ceil(channels / block_channels),)](
                 *_describe(maps), grad, tuple(map(plain, grad.stride())), mask, first_tiles, tiles, words,
-                rois, count, channels, rule.scales,
+                rois, channels, rule.scales,
                 MINE=mine, BINS_Y=bins[0], BINS_X=bins[1], RATIO=max(sampling_ratio, 0), ALIGNED=aligned,
                 INNERMOST=innermost, TILE_Y=_TILE_Y, TILE_X=_TILE_X, BLOCK_CHANNELS=block_channels, RUN=run,
                 **_OPTIONS, **_registers(rois, 168 if sampling_ratio > 0 else 208),
@@ -175,7 +176,7 @@ def _by_dtype(maps: Sequence[Tensor]) -> list[tuple[list[Tensor], int]]:
 
 def _innermost(maps: Sequence[Tensor], out: Tensor) -> int:
     """0 if channels are not innermost, else what the strides of everything else are multiples of."""
-    if any(t.stride(1) != 1 or t.stride(3) == 1 for t in (*maps, out)):
+    if not all(map(is_channels_last, (*maps, out))):
         return 0
     return math.gcd(16, *(t.stride(axis) for t in (*maps, out) for axis in (0, 2, 3)))
 

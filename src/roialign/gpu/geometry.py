@@ -119,10 +119,9 @@ def locate(
     level = tl.where(exists, level, 0)
     scale = number_of(scales, level, dtype)
     x1, y1, x2, y2 = x1 * scale, y1 * scale, x2 * scale, y2 * scale
-    extent = tl.maximum(tl.abs(x2 - x1), tl.abs(y2 - y1))
     finite = (tl.abs(x1) < float("inf")) & (tl.abs(y1) < float("inf"))
     finite &= (tl.abs(x2 - x1) < float("inf")) & (tl.abs(y2 - y1) < float("inf"))
-    poolable = exists & finite & (extent == extent)
+    poolable = exists & finite
     image = tl.where(poolable, image, 0).to(tl.int64)
     y_start, y_size = to_map(tl.where(poolable, y1, 0.0), tl.where(poolable, y2, 0.0), ALIGNED)
     x_start, x_size = to_map(tl.where(poolable, x1, 0.0), tl.where(poolable, x2, 0.0), ALIGNED)
@@ -146,7 +145,7 @@ def visits(bin_start, bin_size, low, high, RATIO: tl.constexpr):
         return grid, bin_start * 0, tl.full(bin_start.shape, RATIO, tl.int32)
     else:
         grid = tl.maximum(tl.ceil(bin_size), 0.0)
-        # Two points more on either side, because the divisions round; point looks at each.
+        # Two points more on either side, because the divisions round; sample_point looks at each.
         step = tl.where(grid > 0, bin_size / tl.maximum(grid, 1.0), 1.0)
         first = tl.minimum(tl.maximum(tl.floor((low - bin_start) / step - 0.5) - 2.0, 0.0), grid)
         last = tl.minimum(tl.ceil((high - bin_start) / step - 0.5) + 2.0, grid - 1.0)
