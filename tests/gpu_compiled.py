@@ -1,6 +1,7 @@
 """Compile the GPU engine's kernels as it launches them, for GPUs that need not be here.
 
-Prints registers and shared memory, and fails if anything is spilled to local memory.
+Prints registers and shared memory, and fails if anything is spilled to local memory, if a kernel more is
+launched than should be, or if the host looks at a value, for which it would have to wait.
 """
 
 import re
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,12 +17,53 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from roialign.gpu import engine
+from roialign.ops import is_channels_last
+from roialign.rois import working_dtype
 from roialign.testing import pyramid
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-STRIDES = [4, 8, 16, 32]
-SIZE = (256, 320)
-CASES = [((7, 7), 2), ((7, 7), 0), ((14, 14), 2)]
+
+
+class Case(NamedTuple):
+    """What decides which kernels are launched."""
+
+    output_size: tuple[int, int] = (7, 7)
+    ratio: int = 2
+    dtype: torch.dtype = torch.float32
+    layout: str = "contiguous"
+    strides: tuple[int, ...] = (4, 8, 16, 32)
+    channels: int = 256
+    aligned: bool = False
+    levels_given: bool = False
+
+    def __str__(self) -> str:
+        grid = f"ratio {self.ratio}" if self.ratio else "adaptive"
+        size = "{}x{}".format(*self.output_size)
+        maps = f"{len(self.strides)} maps"
+        return f"{str(self.dtype)[6:]:8} {self.layout:13} {size:5} {grid:8} {maps} {self.channels:3}"
+
+
+EIGHT = (2, 4, 8, 16, 32, 64, 128, 256)
+CASES = [
+    *(
+        Case(output_size, ratio, dtype, layout)
+        for layout in ("contiguous", "channels_last")
+        for output_size, ratio, dtype in (
+            ((7, 7), 2, torch.float32),
+            ((7, 7), 0, torch.float32),
+            ((14, 14), 2, torch.float32),
+            ((7, 7), 2, torch.bfloat16),
+            ((7, 7), 2, torch.float64),
+            ((14, 14), 0, torch.float64),
+        )
+    ),
+    Case(dtype=torch.float16),
+    Case(dtype=torch.float16, layout="channels_last", ratio=0),
+    Case(strides=EIGHT),
+    Case(strides=EIGHT, layout="channels_last", ratio=0),
+    Case((1, 1), strides=(16,), aligned=True, levels_given=True, layout="sliced", channels=100),
+    Case((3, 14), 6, strides=(16,), aligned=True),
+]
 
 
 class Driver:
@@ -40,23 +82,33 @@ class Driver:
         return 0
 
 
-def launched(output_size: tuple[int, int], ratio: int, dtype: torch.dtype, layout: str) -> list[Any]:
-    """The kernels that pooling, forward and backward, would launch."""
+def launched(case: Case) -> list[Any]:
+    """The kernels that pooling, forward and backward, would launch.
+
+    The tensors have no values, so the engine cannot have looked at any: it does not wait for the GPU.
+    """
     kernels = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         kernels.append(run(self, *args, grid=grid, warmup=True, **options))
 
-    features = pyramid(STRIDES, image_size=SIZE, images=2, channels=256, dtype=dtype, layout=layout)
-    rois = torch.zeros(1000, 5)
-    channels_last = layout == "channels_last"
-    out = engine.empty((1000, 256, *output_size), dtype, rois.device, channels_last)
-    rest = (rois, None, [1 / s for s in STRIDES], ratio, False, 224.0, 4.0)
+    features = pyramid(
+        case.strides, image_size=(256, 320), images=2, channels=case.channels, dtype=case.dtype,
+        layout=case.layout,
+    )  # fmt: skip
+    features = [f.to("meta") for f in features]
+    rois = torch.empty(1000, 5, dtype=working_dtype(features), device="meta")
+    levels = torch.empty(1000, dtype=torch.int64, device="meta") if case.levels_given else None
+    shape = (1000, case.channels, *case.output_size)
+    out = engine.empty(shape, case.dtype, rois.device, is_channels_last(features[0]))
+    rest = (rois, levels, [1 / s for s in case.strides], case.ratio, case.aligned, 224.0, 4.0)
     JITFunction.run = compile_only
     try:
         engine.forward(out, features, *rest)
+        assert [k.metadata.name for k in kernels] == ["forward"]
         engine.backward(features, out, *rest)
+        assert [k.metadata.name for k in kernels] == ["forward", "touch", "backward"]
     finally:
         JITFunction.run = run
     return kernels
@@ -76,20 +128,16 @@ def usage(kernel: Any) -> dict[str, int]:
 
 def main() -> None:
     spilled = []
-    print(f"{'capability':>10} {'kernel':8} {'dtype':8} {'layout':13} {'case':13} registers shared")
+    print(f"{'':10} {'':8} {'dtype':8} {'layout':13} {'bins':5} {'grid':8} {'':6} {'C':>3} registers shared")
     for capability in map(int, sys.argv[1:] or (80, 90, 100)):
         triton.runtime.driver.set_active(Driver(capability))
-        for dtype in (torch.float32, torch.bfloat16):
-            for layout in ("contiguous", "channels_last"):
-                for output_size, ratio in CASES:
-                    for kernel in launched(output_size, ratio, dtype, layout):
-                        use = usage(kernel)
-                        case = f"{output_size[0]}x{output_size[1]} {'ratio 2' if ratio else 'adaptive'}"
-                        name, short = kernel.metadata.name, str(dtype).removeprefix("torch.")
-                        row = f"{capability:>10} {name:8} {short:8} {layout:13} {case:14}"
-                        print(f"{row} {use['REG']:>8} {use['SHARED']:>6}", flush=True)
-                        if use["STACK"] or use["LOCAL"]:
-                            spilled.append(f"{row} {use}")
+        for case in CASES:
+            for kernel in launched(case):
+                use = usage(kernel)
+                row = f"{capability:>10} {kernel.metadata.name:8} {case}"
+                print(f"{row} {use['REG']:>9} {use['SHARED']:>6}", flush=True)
+                if use["STACK"] or use["LOCAL"]:
+                    spilled.append(f"{row} {use}")
     assert not spilled, "\n".join(spilled)
     print("no spills")
 

@@ -23,7 +23,7 @@ def _tile(tile, first_tiles, heights, widths, TILE_Y: tl.constexpr, TILE_X: tl.c
     """Level, image, first row and first column of a tile, or of a vector of them."""
     level = tile * 0
     for i in tl.static_range(1, len(first_tiles)):
-        level += tl.where(tile >= whole(first_tiles[i]), 1, 0)
+        level = tl.where(tile >= whole(first_tiles[i]), i, level)
     rows = (whole_of(heights, level) + TILE_Y - 1).to(tl.int32) // TILE_Y
     columns = (whole_of(widths, level) + TILE_X - 1).to(tl.int32) // TILE_X
     index = tile - whole_of(first_tiles, level).to(tl.int32)
@@ -32,10 +32,16 @@ def _tile(tile, first_tiles, heights, widths, TILE_Y: tl.constexpr, TILE_X: tl.c
 
 
 @triton.jit
+def _rounding(start, size):
+    """How far from where it should be, at most, rounding may put a sampling point of a RoI."""
+    eps: tl.constexpr = 2e-6 if start.dtype == tl.float32 else 4e-15
+    return (tl.abs(start) + tl.abs(size)) * eps
+
+
+@triton.jit
 def _reach(start, size, extent):
     """The first and the last cell along one axis that a RoI may touch: rather too many than too few."""
-    eps: tl.constexpr = 2e-6 if start.dtype == tl.float32 else 4e-15
-    margin = (tl.abs(start) + tl.abs(size)) * eps  # points are rounded
+    margin = _rounding(start, size)
     low = tl.minimum(start, start + size) - margin
     high = tl.maximum(start, start + size) + margin
     meets = (high >= -1) & (low <= extent)
@@ -82,10 +88,11 @@ def _exponent(power):
 
 
 @triton.jit
-def _bins_within(start, bin_size, low, high, BINS: tl.constexpr):
+def _bins_within(start, size, bin_size, low, high, BINS: tl.constexpr):
     """From which bin, to which one no more, points may lie in `[low, high]`."""
-    first = tl.floor(divide(low - start, bin_size) - 0.01)
-    stop = tl.floor(divide(high - start, bin_size) + 0.01) + 1
+    margin = _rounding(start, size)
+    first = tl.floor(divide(low - margin - start, bin_size) - 0.01)
+    stop = tl.floor(divide(high + margin - start, bin_size) + 0.01) + 1
     first = tl.where(bin_size > 0, tl.minimum(tl.maximum(first, 0.0), BINS), 0.0)
     stop = tl.where(bin_size > 0, tl.minimum(tl.maximum(stop, 0.0), BINS), BINS)
     return first.to(tl.int32), stop.to(tl.int32)
@@ -168,7 +175,7 @@ def backward(
             y_start, y_size = to_map(y1, y2, ALIGNED)
             x_start, x_size = to_map(x1, x2, ALIGNED)
             y_bin, x_bin = divide(y_size, BINS_Y * 1.0), divide(x_size, BINS_X * 1.0)
-            first_bin, stop_bin = _bins_within(y_start, y_bin, y_low, y_high, BINS_Y)
+            first_bin, stop_bin = _bins_within(y_start, y_size, y_bin, y_low, y_high, BINS_Y)
             for q in range(0, BINS_X, RUN):
                 weights = ()
                 for i in tl.static_range(RUN):

@@ -83,7 +83,8 @@ def forward(
                 rule.scales, rule.canonical_scale, rule.thresholds,
                 FINEST=rule.finest, DELTAS=rule.deltas, MINE=mine, BINS_Y=bins[0], BINS_X=bins[1],
                 RATIO=max(sampling_ratio, 0), ALIGNED=aligned,
-                INNERMOST=innermost, BLOCK_BINS=block_bins, BLOCK_CHANNELS=block_channels, **_OPTIONS,
+                INNERMOST=innermost, BLOCK_BINS=block_bins, BLOCK_CHANNELS=block_channels,
+                **_OPTIONS, **({} if innermost else _registers(rois, 96 if sampling_ratio > 0 else 128)),
             )  # fmt: skip
 
 
@@ -120,7 +121,8 @@ def backward(
                 TILE_Y=_TILE_Y, TILE_X=_TILE_X, BLOCK_TILES=_TOUCH_TILES, **_OPTIONS,
             )  # fmt: skip
     innermost = all(map(is_channels_last, grads))
-    block_channels = min(_power_of_two(channels), 32 if innermost and rois.dtype == torch.float32 else 16)
+    most = 8 if rois.dtype == torch.float64 else 32 if innermost else 16
+    block_channels = min(_power_of_two(channels), most)
     # Weights of so many bins at a time as there are registers for.
     run = bins[1] if bins[1] <= 8 else math.ceil(bins[1] / math.ceil(bins[1] / 5))
     for maps, mine in _by_dtype(grads):
@@ -142,9 +144,9 @@ def _device_of(t: Tensor) -> AbstractContextManager[Any]:
 
 
 def _registers(rois: Tensor, most: int) -> dict[str, int]:
-    """Registers per thread: left to itself, NVIDIA's assembler spills a few to run more programs at once."""
+    """Registers per thread: left to itself, NVIDIA's assembler may spill some, to run more programs."""
     nvidia = rois.device.type != "xpu" and torch.version.hip is None
-    return {"maxnreg": most} if nvidia and rois.dtype == torch.float32 else {}
+    return {"maxnreg": 255 if rois.dtype == torch.float64 else most} if nvidia else {}
 
 
 @functools.lru_cache(256)
