@@ -28,7 +28,7 @@ def decompositions() -> dict[_Any, _Callable[..., _Any]]:
         A table for `torch.export.ExportedProgram.run_decompositions`. No shape of the result depends on
         the values of boxes, and a box that names an image or a level that does not exist gives NaN.
 
-    Example:
+    Examples:
         >>> pooler = RoIAlign(7, spatial_scale=1 / 4, sampling_ratio=2)
         >>> rois = torch.tensor([[0.0, 10.0, 20.0, 90.0, 120.0]])
         >>> program = torch.export.export(pooler, (torch.rand(1, 8, 40, 40), rois))

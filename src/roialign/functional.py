@@ -59,7 +59,7 @@ def multiscale_roi_align(
         TypeError: an argument is of the wrong kind or dtype.
         ValueError: a wrong shape, size, number or device; more boxes tensors than images.
 
-    Example:
+    Examples:
         >>> pyramid = [torch.rand(1, 8, 64 // 2**k, 64 // 2**k) for k in range(4)]
         >>> boxes = [torch.tensor([[10.0, 20.0, 90.0, 120.0]])]
         >>> multiscale_roi_align(pyramid, boxes, 7, scales=[1 / 4, 1 / 8, 1 / 16, 1 / 32]).shape

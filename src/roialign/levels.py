@@ -134,7 +134,7 @@ class LevelMapper:
         canonical_level: k0 in the equation.
         eps: added outside the logarithm, as in torchvision.
 
-    Example:
+    Examples:
         >>> mapper = LevelMapper(2, 5)
         >>> mapper([torch.tensor([[0.0, 0.0, 224.0, 224.0], [0.0, 0.0, 30.0, 30.0]])])
         tensor([2, 0])

@@ -60,7 +60,7 @@ def sampling_points(
     Raises:
         ValueError: the box is not four finite numbers.
 
-    Example:
+    Examples:
         >>> ys, xs = sampling_points([0, 0, 8, 8], (4, 4), 1, scale=1 / 4, sampling_ratio=2)
         >>> xs
         tensor([[0.5000, 1.5000]])

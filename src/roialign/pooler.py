@@ -30,7 +30,7 @@ class MultiScaleRoIAlign(nn.Module):
         TypeError: `featmap_names` or `output_size` is of the wrong kind.
         ValueError: `featmap_names` is empty or `output_size` less than 1.
 
-    Example:
+    Examples:
         >>> pooler = MultiScaleRoIAlign(["0", "1"], output_size=7, sampling_ratio=2)
         >>> x = {"0": torch.rand(1, 8, 64, 64), "1": torch.rand(1, 8, 32, 32)}
         >>> boxes = [torch.tensor([[10.0, 20.0, 90.0, 120.0]])]

@@ -65,7 +65,7 @@ def pyramid(
     Returns:
         One `(N, C, H_l, W_l)` tensor per stride.
 
-    Example:
+    Examples:
         >>> [tuple(f.shape) for f in pyramid([8, 16], image_size=(64, 100), channels=3)]
         [(1, 3, 8, 13), (1, 3, 4, 7)]
     """
@@ -103,7 +103,7 @@ def random_boxes(
     Returns:
         One `(L, 4)` tensor of `(x1, y1, x2, y2)` in pixels per image.
 
-    Example:
+    Examples:
         >>> [tuple(b.shape) for b in random_boxes([3, 0])]
         [(3, 4), (0, 4)]
     """
@@ -181,7 +181,7 @@ def assert_within_budget(actual: Tensor, *, truth: Tensor, reference: Tensor) ->
     Raises:
         AssertionError: another shape or dtype, a NaN that the truth has not, or too large an error.
 
-    Example:
+    Examples:
         >>> truth = torch.tensor([1 / 3], dtype=torch.float64)
         >>> assert_within_budget(truth.float(), truth=truth, reference=truth.float())
         >>> assert_within_budget(truth.half().float(), truth=truth, reference=truth.float())
