@@ -103,7 +103,7 @@ def read_pictures(args: argparse.Namespace) -> tuple[list[Picture], list[int], l
 
 
 def read_json(argument: str, path: Path) -> Any:
-    """Read a JSON file that an argument names."""
+    """Read the JSON file that an argument names."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -409,17 +409,14 @@ def pool(
     maps: dict[str, Tensor], boxes: list[Tensor], backbone: Backbone, args: argparse.Namespace
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Pool `(K, C, PH, PW)`; from a pyramid, give the level of each region, too."""
-    features = [
-        maps[n].permute(0, 3, 1, 2) if k.channels_last else maps[n] for n, k in backbone.kinds.items()
-    ]
+    kinds = backbone.kinds.items()
+    features = [maps[n].permute(0, 3, 1, 2) if kind.channels_last else maps[n] for n, kind in kinds]
     scales = [1 / kind.stride for kind in backbone.kinds.values()]
     size, ratio, aligned = args.output_size, args.sampling_ratio, args.aligned
     if backbone.is_pyramid:
         levels = assign_levels(torch.cat(boxes), map_levels_of(scales), 224, 4)  # as the detectors' heads
-        pooled = roialign.multiscale_roi_align(
-            features, boxes, size, scales, ratio, aligned=aligned, levels=levels
-        )
-        return pooled, {"levels": levels.cpu()}
+        how = {"sampling_ratio": ratio, "aligned": aligned, "levels": levels}
+        return roialign.multiscale_roi_align(features, boxes, size, scales, **how), {"levels": levels.cpu()}
     pairs = zip(features, scales, strict=True)
     return torch.cat([roialign.roi_align(f, boxes, size, s, ratio, aligned) for f, s in pairs], 1), {}
 
@@ -431,18 +428,10 @@ def make_parts(
     mine = range(RANK, len(parts), WORLD_SIZE)
     pending = [number for number in mine if not is_made(part_path(args, number), settings)]
     batches = Batches(args.images, [batch for number in pending for batch in parts[number]])
-    decoded = iter(
-        torch.utils.data.DataLoader(
-            batches, batch_size=None, num_workers=args.workers, worker_init_fn=ignore_interrupts
-        )
-    )
-    columns = (
-        "regions",
-        BarColumn(),
-        MofNCompleteColumn(),
-        "{task.fields[speed]:.0f}/s",
-        TimeRemainingColumn(),
-    )
+    how = {"batch_size": None, "num_workers": args.workers, "worker_init_fn": ignore_interrupts}
+    decoded = iter(torch.utils.data.DataLoader(batches, **how))
+    speed = "{task.fields[speed]:.1f} regions/s"
+    columns = (BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
     with Progress(*columns, console=console, disable=RANK > 0) as progress:
         total = sum(regions_of(batch) for number in mine for batch in parts[number])
         new, start = 0, time.monotonic()
@@ -497,12 +486,11 @@ def is_made(path: Path, settings: dict[str, str]) -> bool:
     except (FileNotFoundError, SafetensorError):
         return False
     changed = [
-        f"{key} {found.get(key)}, not {value}" for key, value in settings.items() if found.get(key) != value
+        f"{name} {found.get(name)}, not {now}" for name, now in settings.items() if found.get(name) != now
     ]
     if changed:
-        raise BadInputError(
-            f"--out {path} was made with {'; '.join(changed)}: remove it, or give another --out"
-        )
+        was = "; ".join(changed)
+        raise BadInputError(f"--out {path} was made with {was}: remove it, or give another --out")
     return True
 
 
@@ -630,18 +618,13 @@ def settings_of(args: argparse.Namespace, backbone: Backbone) -> dict[str, str]:
             settings[name] = "sha256:" + hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()
     columns = zip(*backbone.kinds.values(), strict=True)
     settings |= {"nodes": list(backbone.kinds), "strides": next(columns), "channels": next(columns)}
-    settings |= {
-        "device": args.device.type,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-    }
-    settings |= {"pillow": PIL.__version__, "roialign": roialign.__version__}
+    settings |= {module.__name__: module.__version__ for module in (torch, torchvision, roialign, PIL)}
+    settings["device"] = args.device.type
     if args.device.type == "cpu":  # its convolutions add in an order that depends on them
         settings["threads"] = torch.get_num_threads()
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
 
 
-@torch.inference_mode()
 def extract(args: argparse.Namespace) -> None:
     """Do what the arguments say."""
     set_device(args)
@@ -653,9 +636,16 @@ def extract(args: argparse.Namespace) -> None:
     if is_made(args.out, settings):
         console.print(f"{args.out} is there already, made with the same arguments")
         return
+    if args.out.exists():
+        raise BadInputError(
+            f"--out must be a new file, got {args.out}, which is not of this program's making"
+        )
     bytes_each = backbone.channels() * (1 if args.mean else args.output_size**2) * DTYPES[args.dtype].itemsize
     parts = plan_parts(pictures, args.batch_size, max(1, int(args.part_mib * 2**20 / bytes_each)))
-    part_path(args, 0).parent.mkdir(exist_ok=True)
+    folder = part_path(args, 0).parent
+    folder.mkdir(exist_ok=True)
+    for path in folder.glob("*.safetensors"):  # every process looks at all, so that the first can say it
+        is_made(path, settings)
     make_parts(parts, backbone, args, settings)
     if WORLD_SIZE > 1:
         dist.barrier()

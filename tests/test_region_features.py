@@ -361,10 +361,12 @@ def test_weights_from_a_file(capsys):
         ),
         ("--nodes flatten", "--nodes must name maps, got ['flatten']"),
         ("--device nothing", "--device must be one of this machine, got nothing: "),
+        ("--out photos/0.safetensors", "--out must be a new file, got photos/0.safetensors, which is not of"),
         ("--out none/out.safetensors", "No such file or directory: 'none/out.safetensors.parts'"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
+    Path("photos/0.safetensors").write_text("something else")
     assert region_features.main(command("out.safetensors", *arguments.split())) == (
         1 if "none/out" in message else 2
     )
