@@ -12,7 +12,7 @@ pytest.importorskip("torchvision")
 
 from roialign import LevelMapper, MultiScaleRoIAlign, ops
 from roialign.__main__ import main
-from roialign.bench import command, peers, probes, timing, workloads
+from roialign.bench import command, models, peers, probes, timing, workloads
 from roialign.bench.workloads import QUICK, TINY, WORKLOADS
 
 SPREAD = {"min", "q1", "median", "q3", "max", "runs"}
@@ -51,6 +51,7 @@ def test_everything_is_measured_printed_and_written(tmp_path, capsys):
     report = json.loads((tmp_path / "out.json").read_text())
     assert set(report) == {
         "machine", "versions", "settings", "skipped", "workloads", "floor", "first_call", "growth",
+        "models",
     }  # fmt: skip
     assert set(report["machine"]) == {"cpu", "vectors", "cores", "load", "system", "date"}
     assert report["versions"]["torch"] == torch.__version__
@@ -89,6 +90,32 @@ def test_sections_can_be_chosen(tmp_path, capsys):
     assert [row["name"] for row in report["workloads"]] == ["mask-head", "one-box"]
     assert report["floor"] is report["first_call"] is report["growth"] is None
     assert "GB/s" not in capsys.readouterr().out
+
+
+def test_whole_detectors_do_the_same_before_and_after(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(models, "DETECTORS", {"a detector": "fasterrcnn_mobilenet_v3_large_fpn"})
+    assert bench("--json", "out.json", *only("models")) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["models"]
+    assert [(row["name"], row["what"]) for row in rows] == [
+        ("a detector", "inference"),
+        ("a detector", "training step"),
+    ]
+    assert all(row["agrees"] and set(row["ms"]) == {"roialign", "torchvision"} for row in rows)
+    assert "training step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["inference", "training step"])
+def test_detectors_that_differ_are_told_of(what, monkeypatch, capsys):
+    monkeypatch.setattr(models, "DETECTORS", {"a detector": "fasterrcnn_mobilenet_v3_large_fpn"})
+    convert = models.convert_poolers
+
+    def convert_wrongly(model):
+        convert(model).roi_heads.box_roi_pool.aligned = True
+        return model
+
+    monkeypatch.setattr(models, "convert_poolers", convert_wrongly)
+    assert bench(*only("models")) == 1
+    assert f"a detector, {what}: the results DIFFER" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_processes")

@@ -22,8 +22,8 @@ from .workloads import FULL, QUICK, TINY, WORKLOADS, Call, Size, Workload, make_
 HELP = "time roialign against torchvision"
 
 OURS, THEIRS = "roialign", "torchvision"
-FLOOR, FIRST_CALL, GROWTH = "floor", "first-call", "growth"
-SECTIONS = [*WORKLOADS, FLOOR, FIRST_CALL, GROWTH]
+FLOOR, FIRST_CALL, GROWTH, MODELS = "floor", "first-call", "growth", "models"
+SECTIONS = [*WORKLOADS, FLOOR, FIRST_CALL, GROWTH, MODELS]
 COUNTS = (1, 3, 10, 30, 100, 300, 1000, 3000, 8000)  # boxes, of the growth
 
 Report = dict[str, Any]
@@ -71,6 +71,9 @@ def complaints(report: Report) -> Iterator[str]:
     for row in report["workloads"]:
         if not row["agrees"]:
             yield f"{row['name']}: the results DIFFER, do not trust the times"
+    for row in report["models"]:
+        if not row["agrees"]:
+            yield f"{row['name']}, {row['what']}: the results DIFFER, do not trust the times"
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -121,7 +124,8 @@ def _write(report: Report, args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> Report:
     """Everything that is asked for, as plain data: the content of `--json`."""
     size, effort = (QUICK if args.quick else FULL), Effort(args.seconds, args.repeats)
-    wanted = args.only or [s for s in SECTIONS if s != GROWTH or args.plot is not None]
+    on_demand = {MODELS} if args.plot is not None else {MODELS, GROWTH}  # they take minutes
+    wanted = args.only or [s for s in SECTIONS if s not in on_demand]
     poolers, skipped = find_poolers()
     settings = {"engine": ops.engine("cpu").__name__, "threads": torch.get_num_threads(), "quick": args.quick}
     report: Report = {
@@ -133,6 +137,7 @@ def measure(args: argparse.Namespace) -> Report:
         "floor": None,
         "first_call": None,
         "growth": None,
+        "models": [],
     }
     for section in track("measuring", [s for s in SECTIONS if s in wanted]):
         if section == FLOOR:
@@ -141,9 +146,19 @@ def measure(args: argparse.Namespace) -> Report:
             report["first_call"] = probes.first_call()
         elif section == GROWTH:
             report["growth"] = growth(size, effort, poolers)
+        elif section == MODELS:
+            report["models"] = _measure_models(effort, args.quick, skipped)
         else:
             report["workloads"].append(_measure(WORKLOADS[section], args, poolers, skipped))
     return report
+
+
+def _measure_models(effort: Effort, quick: bool, skipped: Mapping[str, str]) -> list[Report]:
+    if THEIRS in skipped:
+        return []
+    from .models import measure_models
+
+    return measure_models(effort, quick)
 
 
 def find_poolers() -> tuple[dict[str, Any], dict[str, str]]:
@@ -252,6 +267,8 @@ def print_report(report: Report) -> None:
         _print_workloads(report["workloads"])
     if report["growth"]:
         _print_growth(report["growth"])
+    if report["models"]:
+        _print_models(report["models"])
     if report["floor"]:
         print_table("What limits any implementation", ("", ""), _floor_rows(report["floor"]))
     if report["first_call"]:
@@ -281,6 +298,20 @@ def _print_growth(points: list[Report]) -> None:
     names = _contestants(points)
     rows = [(str(p["boxes"]), *(_show(p["ms"].get(name)) for name in names)) for p in points]
     print_table("Box head by number of boxes, milliseconds", ("boxes", *names), rows)
+
+
+def _print_models(rows: list[Report]) -> None:
+    cells = [
+        (
+            row["name"],
+            row["what"],
+            *(_show(row["ms"][name]) for name in (OURS, THEIRS)),
+            _show(row["ratio"], "x"),
+        )
+        for row in rows
+    ]
+    columns = ("detector", "", OURS, THEIRS, "ratio")
+    print_table("Whole detectors, one image, milliseconds", columns, cells)
 
 
 def _show(values: Mapping[str, float] | None, unit: str = "") -> str:
