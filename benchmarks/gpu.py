@@ -17,6 +17,7 @@ from torch import Tensor
 
 import roialign
 from roialign import ops
+from roialign.bench.workloads import make_boxes
 from roialign.rois import boxes_to_rois
 from roialign.testing import assert_within_budget, pyramid
 
@@ -31,17 +32,11 @@ Run = Callable[[], Any]
 
 
 def inputs(counts: Sequence[int], dtype: torch.dtype, layout: str) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Feature maps, and boxes inside the images with sides of 16 to 512 pixels."""
+    """Feature maps, and boxes as a proposal network gives them."""
     features = pyramid(
         STRIDES, image_size=SIZE, images=len(counts), channels=CHANNELS, dtype=dtype, layout=layout
     )
-    generator = torch.Generator().manual_seed(0)
-    extent = torch.tensor([SIZE[1], SIZE[0]])
-    boxes = []
-    for count in counts:
-        sides = 16 * 32 ** torch.rand(count, 2, generator=generator)
-        corner = torch.rand(count, 2, generator=generator) * (extent - sides)
-        boxes.append(torch.cat((corner, corner + sides), 1).cuda())
+    boxes = [b.cuda() for b in make_boxes(sum(counts), SIZE).split(list(counts))]
     return {name: f.cuda() for name, f in zip(NAMES, features, strict=True)}, boxes
 
 
