@@ -98,7 +98,7 @@ def add_box(pictures: dict[int, Picture], annotation: dict[str, Any], number: in
     image_id, bbox = annotation.get("image_id"), annotation.get("bbox")
     if type(image_id) is not int or image_id not in pictures:
         return f"no image has the id {image_id!r}"
-    if not (isinstance(bbox, list) and len(bbox) == 4 and all(type(c) in (int, float) for c in bbox)):
+    if not (isinstance(bbox, list) and len(bbox) == 4 and {int, float}.issuperset(map(type, bbox))):
         return f"bbox must be four numbers, x, y, width, height, got {json.dumps(bbox)[:100]}"
     picture = pictures[image_id]
     height, width = picture.size
