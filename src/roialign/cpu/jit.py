@@ -2,11 +2,16 @@
 
 import hashlib
 import logging
+import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from numba import njit
+from numba.core.caching import IndexDataCacheFile
+from numba.core.compiler_lock import global_compiler_lock as _compiling
+from numba.core.serialize import dumps
 
 _log = logging.getLogger("roialign")
 _folder: str | None = None
@@ -17,6 +22,41 @@ _STAMP = hashlib.sha256(
     b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
 ).hexdigest()
 _said = False
+
+if hasattr(os, "register_at_fork"):  # a child must not wait for a thread of its parent's to finish compiling
+    os.register_at_fork(
+        before=_compiling.acquire, after_in_parent=_compiling.release, after_in_child=_compiling.release
+    )
+
+
+class _Files(IndexDataCacheFile):
+    """Numba's files of compiled kernels, of which none is used that is not what it is taken for.
+
+    A file can be damaged. It can also be another's: Numba writes the index first and the kernel after, so
+    where processes meet or a disk fills up between the two, the index names a kernel for other types or of
+    an older source. All these count as absent: the kernel is compiled, and written over them.
+    """
+
+    def save(self, key: Any, data: Any) -> None:
+        kernel = dumps(data)
+        super().save(key, (self._proof(key, kernel), kernel))
+
+    def load(self, key: Any) -> Any:
+        try:
+            proof, kernel = super().load(key) or (b"", b"")
+            return pickle.loads(kernel) if proof == self._proof(key, kernel) else None
+        except Exception:  # what is damaged can raise anything
+            return None
+
+    def _load_index(self) -> Any:
+        try:
+            return super()._load_index()
+        except Exception:  # also where it may not be read
+            return {}
+
+    def _proof(self, key: Any, kernel: bytes) -> bytes:
+        name = repr((self._version, self._source_stamp, key)).encode()
+        return hashlib.sha256(name + kernel).digest()
 
 
 def part(function: Callable[..., Any]) -> Any:
@@ -41,7 +81,7 @@ def kernel(function: Callable[..., Any]) -> Any:
         _say(error)
         return njit(nogil=True, no_cfunc_wrapper=True)(function)
     cache = compiled._cache
-    cache._cache_file._source_stamp = _STAMP
+    cache._cache_file = _Files(cache.cache_path, cache._impl.filename_base, _STAMP)
     _folder = cache.cache_path
     save = cache.save_overload
 
