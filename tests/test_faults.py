@@ -98,6 +98,7 @@ def test_a_full_disk(tmp_path):
     assert "No space left on device" in printed
 
 
+@pytest.mark.slow
 def test_files_that_may_not_grow(tmp_path):
     """As a full disk, where no mount is allowed."""
     program = """

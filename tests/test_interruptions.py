@@ -60,13 +60,17 @@ other.join()
     run(FORK + program)
 
 
-def test_fork_while_another_thread_compiles(tmp_path):
-    program = """
+COMPILING = """
 from numba.core import event
 compiling = threading.Event()
 class Listener(event.Listener):
     on_start = on_end = lambda self, _: compiling.set()
 event.register("numba:compile", Listener())
+"""
+
+
+def test_fork_while_another_thread_compiles(tmp_path):
+    program = """
 other = threading.Thread(target=forward)
 other.start()
 assert compiling.wait(60)
@@ -78,7 +82,7 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 other.join()
 """
-    run(program, NUMBA_CACHE_DIR=str(tmp_path))
+    run(COMPILING + program, NUMBA_CACHE_DIR=str(tmp_path))
 
 
 # KeyboardInterrupt, threads and the end of the process
@@ -172,14 +176,17 @@ assert_right(both)
 
 def test_an_interrupt_while_compiling(tmp_path):
     program = """
-threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT)).start()
+def interrupt():
+    compiling.wait(60)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt).start()
 try:
     assert_right()
 except KeyboardInterrupt:
     print("interrupted")
 assert_right()
 """
-    assert run(program, NUMBA_CACHE_DIR=str(tmp_path)) == "interrupted\n"
+    assert run(COMPILING + program, NUMBA_CACHE_DIR=str(tmp_path)) == "interrupted\n"
 
 
 def test_an_error_in_one_of_several_helpers_waits_for_the_others():
