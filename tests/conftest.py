@@ -2,8 +2,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from roialign import ops
+
+# The same examples every time, or, with --hypothesis-profile=thousands, that many new ones.
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=200)
+settings.register_profile("thousands", deadline=None, max_examples=5000, print_blob=True)
+settings.load_profile("ci")
 
 
 def needs_torch(version: str, reason: str) -> pytest.MarkDecorator:

@@ -214,6 +214,15 @@ def test_large_box_with_an_adaptive_grid_has_torchvisions_value(output_size, ali
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_adaptive_grids_that_all_miss_the_map(layout):
+    """Not a single sampling point to visit, in either direction."""
+    feature = pyramid([1], image_size=(16, 16), channels=64, layout=layout)[0].requires_grad_()
+    out = roialign.roi_align(feature, [torch.tensor([[100.0, 100.0, 120.0, 120.0]])], 2, 1.0, -1)
+    assert out.eq(0).all()
+    assert torch.autograd.grad(out.sum(), feature)[0].eq(0).all()
+
+
 @pytest.mark.parametrize("side", [1e5, 1e9, 1e18, 1e30])
 def test_work_is_bounded_by_the_map(side):
     """A grid of side * side points: the peer runs out of memory from 1e5 on."""

@@ -63,11 +63,13 @@ def test_any_number_of_channels(channels, layout):
         assert_matches_reference(feature, boxes, (5, 4), 0.25, sampling_ratio)
 
 
-def test_maps_of_several_dtypes_and_layouts_at_once():
+@pytest.mark.parametrize("channels", [24, 70])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_maps_of_several_dtypes_and_layouts_at_once(dtype, channels):
     maps = [
-        torch.rand(2, 24, 32, 40),
-        torch.rand(2, 24, 16, 20).to(torch.bfloat16),
-        torch.rand(2, 24, 8, 10).contiguous(memory_format=torch.channels_last),
+        torch.rand(2, channels, 32, 40),
+        torch.rand(2, channels, 16, 20).to(dtype),
+        torch.rand(2, channels, 8, 10).contiguous(memory_format=torch.channels_last),
     ]
     boxes = random_boxes([40, 40], image_size=(128, 160))
     arguments = (boxes, 7, [1 / 4, 1 / 8, 1 / 16], 2)
@@ -105,15 +107,22 @@ def test_the_number_of_threads_is_heeded_and_changes_nothing(channels, threads, 
     from roialign.cpu import threads as pool
 
     used = []
+    helped = threading.Event()
+    caller = threading.get_ident()
     run = pool.run
     monkeypatch.setattr(pool, "_WORTH_A_THREAD", 1)
 
-    def spy(kernel, tasks, scratch_bytes, work):
+    def spy(kernel, tasks, scratch_bytes, work, owned):
         def noting(counter, memory):
             used.append(threading.get_ident())
+            if used[-1] != caller:
+                helped.set()
+            elif torch.get_num_threads() > 1:  # on a busy machine helpers are late
+                assert helped.wait(10)
             kernel(counter, memory)
 
-        run(noting, tasks, scratch_bytes, work)
+        helped.clear()
+        run(noting, tasks, scratch_bytes, work, owned)
 
     monkeypatch.setattr(pool, "run", spy)
     feature, boxes = torch.rand(2, channels, 64, 64), random_boxes([200, 200], image_size=(256, 256))

@@ -39,9 +39,11 @@ RING_CELLS = 2**15  # most cells of a ring, or row sums: 2 MB of float32
 
 def heights(order: Any, touched: Any, base: Any, cells: Any) -> Any:
     """Rows of the map from the first to the last that each RoI touches, and at least one."""
-    rows = touched[order]
-    first, last = base[order], base[order] + np.maximum(rows, 1) - 1
-    return np.where(rows > 0, cells[last % max(len(cells), 1)] - cells[first % max(len(cells), 1)] + 1, 1)
+    spans = np.ones(len(order), np.int64)
+    meets = touched[order] > 0
+    first = base[order[meets]]
+    spans[meets] = cells[first + touched[order[meets]] - 1] - cells[first] + 1
+    return spans
 
 
 def cut(

@@ -131,7 +131,8 @@ def _forward_slab(
             entries = direct_kernel.entries(most, channels, width)
             job += (order.data_ptr(), len(order), *tables_at, channels)
             tasks = math.ceil(len(order) / direct_kernel.ROIS)
-            _run(direct_kernel.run, job, max(most, width + 1), entries, rois.dtype, tasks, work)
+            owned: tuple[Any, ...] = (out, features, maps, pooled, t, order)
+            _run(direct_kernel.run, job, max(most, width + 1), entries, rois.dtype, tasks, work, owned)
         else:
             blocks = math.ceil(channels / LANES)
             most = max(64, len(rois) * blocks // (_TASKS_PER_THREAD * torch.get_num_threads()))
@@ -141,7 +142,8 @@ def _forward_slab(
             entries = forward_kernel.entries(cells, columns, width)
             job += (groups.data_ptr(), n, order.data_ptr(), *tables_at, channels)
             line = max(maps.height, maps.width, height, width)
-            _run(forward_kernel.run, job, line, entries, rois.dtype, n * blocks, work)
+            owned = (out, features, maps, pooled, t, order, groups)
+            _run(forward_kernel.run, job, line, entries, rois.dtype, n * blocks, work, owned)
 
 
 def backward(
@@ -180,7 +182,8 @@ def backward(
         job: tuple[Any, ...] = (*tags, maps.at, maps.number, pooled.buffer_info()[0])
         job += (rows.buffer_info()[0], len(mine), t.order.data_ptr(), ys.at, xs.at, channels)
         line = max(maps.height, maps.width, height, width)
-        _run(backward_kernel.run, job, line, entries, rois.dtype, len(mine) * blocks, work)
+        owned = (grads, grad, maps, pooled, t, ys, xs, rows)
+        _run(backward_kernel.run, job, line, entries, rois.dtype, len(mine) * blocks, work, owned)
 
 
 def _run(
@@ -191,8 +194,12 @@ def _run(
     dtype: torch.dtype,
     tasks: int,
     work: int,
+    owned: object,
 ) -> None:
-    """Run a kernel on the threads, each with scratch of its own: four lines of offsets, then entries."""
+    """Run a kernel on the threads, each with scratch of its own: four lines of offsets, then entries.
+
+    `job` names memory by address; `owned` is what that memory belongs to.
+    """
     line = -(-8 * line // 64) * 64
     sizes = (line, line, line, line, *(n * LANES * dtype.itemsize for n in entries))
     starts = tuple(itertools.accumulate(sizes, initial=0))
@@ -200,7 +207,7 @@ def _run(
     def take_tasks(counter: int, memory: int) -> None:
         kernel(counter, *job, Scratch(*(memory + start for start in starts[:-1])))
 
-    threads.run(take_tasks, tasks, starts[-1], work)
+    threads.run(take_tasks, tasks, starts[-1], work, owned)
 
 
 def _tables(

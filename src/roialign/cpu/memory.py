@@ -72,6 +72,22 @@ def scratch(use: str, size: int) -> Block:
     return block[:size]
 
 
+def lend() -> dict[str, Block]:
+    """This thread's scratch, which is no longer its own: it asks for other memory until it takes it back.
+
+    So a call that is torn off leaves to the next none that helpers may still read.
+    """
+    held: dict[str, Block] = _local.__dict__
+    lent = held.copy()
+    held.clear()
+    return lent
+
+
+def take_back(lent: dict[str, Block]) -> None:
+    """Scratch that was lent and that nobody uses any more."""
+    _local.__dict__.update(lent)
+
+
 def _take(size: int) -> Block:
     """An idle block that fits without much waste, else a new one."""
     with contextlib.suppress(IndexError):  # another thread was faster

@@ -79,6 +79,14 @@ def _round(builder: ir.IRBuilder, value: ir.Value, storage: Any, n: int) -> ir.V
     return value
 
 
+def _convert(builder: ir.IRBuilder, value: ir.Value, work: Any, n: int) -> ir.Value:
+    """To another working precision, which a map has beside one of float64."""
+    wanted = ir.VectorType(_work_ir(work), n)
+    if value.type == wanted:
+        return value
+    return builder.fpext(value, wanted) if work == types.float64 else builder.fptrunc(value, wanted)
+
+
 def _load(builder: ir.IRBuilder, address: ir.Value, storage: Any, n: int) -> ir.Value:
     element = _storage_ir(storage)
     vector = ir.VectorType(element, n)
@@ -88,7 +96,7 @@ def _load(builder: ir.IRBuilder, address: ir.Value, storage: Any, n: int) -> ir.
 
 
 def _store(builder: ir.IRBuilder, address: ir.Value, value: ir.Value, storage: Any, n: int) -> None:
-    value = _round(builder, value, storage, n)
+    value = _round(builder, _convert(builder, value, work_type(storage), n), storage, n)
     pointer = builder.inttoptr(address, value.type.as_pointer())
     builder.store(value, pointer, align=storage.bitwidth // 8)
 
@@ -129,17 +137,17 @@ def zeros(typing: Any, tag: Any) -> Any:
 
 @intrinsic
 def fma(typing: Any, weight: Any, value: Any, total: Any) -> Any:
-    """`weight * value + total`, lane by lane, fused where the machine can."""
-    sig = value(weight, value, total)
+    """`weight * value + total`, lane by lane, fused where the machine can, in the precision of `total`."""
+    sig = total(total.dtype, value, total)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        vector = args[1].type
+        vector = args[2].type
         first = builder.insert_element(ir.Constant(vector, ir.Undefined), args[0], ir.IntType(32)(0))
         mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
         spread = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), mask)
-        name = f"llvm.fmuladd.v{LANES}f{value.dtype.bitwidth}"
+        name = f"llvm.fmuladd.v{LANES}f{total.dtype.bitwidth}"
         function = builder.module.declare_intrinsic(name, (), ir.FunctionType(vector, [vector] * 3))
-        return builder.call(function, [spread, args[1], args[2]])
+        return builder.call(function, [spread, _convert(builder, args[1], total.dtype, LANES), args[2]])
 
     return sig, codegen
 

@@ -3,40 +3,91 @@
 Numba's parallel backend is not used: its default threading layer ends the process when two Python
 threads enter it. Kernels release the GIL and take tasks from a shared counter, so one call per
 thread is all that Python does, and a helper that wakes up late finds nothing left to do.
+
+KeyboardInterrupt may tear the caller out of a call at any instruction, while helpers go on. So a helper owns
+what it reads and writes, until it is done; it never raises where nobody waits for it; and what
+passes between the two are locks and a queue of C, which an exception cannot cut in half.
 """
 
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 
 import numpy as np
 import torch
 
-from .memory import scratch
+from . import memory
 
-_pool: ThreadPoolExecutor | None = None
-_pool_lock = threading.Lock()
+_WORTH_A_THREAD = 500_000
+_MOST = max(32, os.cpu_count() or 1)
 
 
-def _forget_pool() -> None:
-    global _pool, _pool_lock
-    _pool, _pool_lock = None, threading.Lock()
+class _Offer:
+    """A share in a call: a helper takes it up, or else the caller withdraws it."""
+
+    def __init__(self, work: Callable[[], None], owned: object) -> None:
+        self._work, self._owned = work, owned
+        self.error: BaseException | None = None
+        self._taken, self._done = threading.Lock(), threading.Lock()
+        self._done.acquire()
+
+    def take_up(self) -> None:
+        """Do the work, unless the offer was withdrawn."""
+        if self._taken.acquire(blocking=False):
+            try:
+                self._work()
+            except BaseException as error:
+                self.error = error
+            self._let_go()
+            self._done.release()
+
+    def close(self) -> None:
+        """Withdraw the offer, or wait until the work is done."""
+        if self._taken.acquire(blocking=False):
+            self._let_go()
+        else:
+            self._done.acquire()
+
+    def _let_go(self) -> None:
+        del self._work, self._owned
+
+
+_offers: "SimpleQueue[_Offer]" = SimpleQueue()
+_helpers = 0
+_lock = threading.Lock()
+
+
+def _forget_helpers() -> None:
+    global _offers, _helpers, _lock
+    _offers, _helpers, _lock = SimpleQueue(), 0, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
-    os.register_at_fork(after_in_child=_forget_pool)
+    os.register_at_fork(after_in_child=_forget_helpers)
 
 
-def _executor() -> ThreadPoolExecutor:
-    global _pool
-    with _pool_lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(max(32, os.cpu_count() or 1), "roialign")
-        return _pool
+def _help(offers: "SimpleQueue[_Offer]") -> None:
+    while True:
+        offers.get().take_up()
 
 
-def run(kernel: Callable[[int, int], None], tasks: int, scratch_bytes: int, work: int) -> None:
+def _wake(wanted: int) -> int:
+    """Start helpers until there are as many as wanted; returns how many of those there are."""
+    global _helpers
+    with _lock:
+        while _helpers < min(wanted, _MOST):
+            try:
+                threading.Thread(target=_help, args=(_offers,), name="roialign", daemon=True).start()
+            except RuntimeError:  # the system allows no more threads, or the interpreter is about to end
+                break
+            _helpers += 1
+        return min(wanted, _helpers)
+
+
+def run(
+    kernel: Callable[[int, int], None], tasks: int, scratch_bytes: int, work: int, owned: object = None
+) -> None:
     """Run `kernel(counter_address, scratch_address)` on as many threads as the work deserves.
 
     Args:
@@ -44,22 +95,31 @@ def run(kernel: Callable[[int, int], None], tasks: int, scratch_bytes: int, work
         tasks: how many there are.
         scratch_bytes: each thread's own memory, kept for the next call.
         work: about how many numbers are read; a thread must be worth waking.
+        owned: what the kernel reads and writes. It lives until the last helper is done, even if the
+            caller does not wait for that.
     """
     counter = np.zeros(1, np.int64)
-    helpers = min(torch.get_num_threads(), tasks, 1 + work // _WORTH_A_THREAD) - 1
     address = counter.ctypes.data
+    mine = memory.scratch("tasks", scratch_bytes)
+    wanted = min(torch.get_num_threads(), tasks, 1 + work // _WORTH_A_THREAD) - 1
+    if wanted < 1:
+        kernel(address, mine.ctypes.data)
+        return
 
-    def take_tasks() -> None:
-        memory = scratch("tasks", scratch_bytes)
-        kernel(address, memory.ctypes.data)
+    def help_out() -> None:
+        own = memory.scratch("tasks", scratch_bytes)
+        kernel(address, own.ctypes.data)
 
-    futures = [_executor().submit(take_tasks) for _ in range(helpers)]
+    lent = memory.lend()
+    offers = [_Offer(help_out, (counter, lent, owned)) for _ in range(_wake(wanted))]
     try:
-        take_tasks()
-    finally:  # also on KeyboardInterrupt: what helpers write to must outlive them
-        for future in futures:
-            if not future.cancel():
-                future.result()
-
-
-_WORTH_A_THREAD = 500_000
+        for offer in offers:
+            _offers.put(offer)
+        kernel(address, mine.ctypes.data)
+    finally:
+        for offer in offers:
+            offer.close()
+    memory.take_back(lent)
+    for offer in offers:
+        if offer.error is not None:
+            raise offer.error

@@ -1,0 +1,318 @@
+"""Whole problems for the public functions, drawn by Hypothesis, and a judge for what comes of them.
+
+The truth is the definition with sums in float64: sampling points and weights are computed in the working
+precision, as the contract says, so that a point on a boundary lies on the same side. What is left between it
+and an engine are the roundings of the sums, and those can be counted.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import roialign
+from roialign import levels, ops, reference
+from roialign.testing import LAYOUTS
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ops.DTYPES}
+BOX_DTYPES = {**DTYPES, "int64": torch.int64, "int32": torch.int32, "uint8": torch.uint8}
+MIXTURES = (("float32", "bfloat16"), ("float16", "float32"), ("float64", "float32"), ("bfloat16", "float16"))
+STRIDES = (1, 2, 4, 8, 16, 32, 64, 0.5, 3, 14, 5.7)
+GRADS = (*LAYOUTS, "expanded")
+
+
+class Map(NamedTuple):
+    """One feature map."""
+
+    height: int
+    width: int
+    stride: float
+    dtype: str
+    layout: str
+
+
+class Problem(NamedTuple):
+    """All arguments of one call, in numbers that Hypothesis can make smaller."""
+
+    maps: list[Map]
+    images: int
+    channels: int
+    boxes: list[list[list[float]]]  # per image
+    box_dtype: str
+    strided_boxes: bool
+    output_size: tuple[int, int]
+    sampling_ratio: int
+    aligned: bool
+    canonical: tuple[float, float]
+    given_levels: list[int] | None  # instead of equation 1
+    way: str  # through the public API
+    grad_layout: str
+    spoilt: list[tuple[int, int, float]]  # map, place in it, value
+    spoilt_grad: float | None
+    twice: bool  # backward of backward too
+    seed: int
+
+
+def beside(number: float, steps: int) -> float:
+    """The float32 that lies so many steps from a number."""
+    target = torch.tensor(math.copysign(math.inf, steps))
+    result = torch.tensor(number, dtype=torch.float32)
+    for _ in range(abs(steps)):
+        result = torch.nextafter(result, target)
+    return result.item()
+
+
+spoils = st.sampled_from([math.nan, math.inf, -math.inf])
+halves = st.integers(-8, 60).map(lambda n: n / 2)
+coordinates = st.one_of(
+    st.floats(-20, 60, width=32),
+    halves,
+    st.builds(lambda n, stride: n * stride, halves, st.sampled_from(STRIDES)),
+    st.builds(
+        lambda n, stride, steps: beside(n * stride, steps),
+        halves,
+        st.sampled_from(STRIDES),
+        st.integers(-2, 2),
+    ),
+)
+wild = st.one_of(
+    st.sampled_from([math.nan, math.inf, -math.inf, 1e30, -1e30, 1e9, -1e9, 1e4, 1e-40, -1e-45, 0.0]),
+    st.floats(width=32),
+)
+boxes = st.one_of(
+    st.tuples(coordinates, coordinates, st.floats(0, 64, width=32), st.floats(0, 64, width=32)).map(
+        lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]]
+    ),
+    st.lists(coordinates, min_size=4, max_size=4),  # half of them inside out
+    st.tuples(coordinates, coordinates).map(lambda point: [*point, *point]),  # without area
+    st.lists(st.one_of(coordinates, wild), min_size=4, max_size=4),
+)
+
+
+# The engines take 16 channels at a time, or 64.
+any_channels = st.one_of(st.sampled_from([1, 15, 16, 17, 64, 65]), st.integers(1, 70))
+
+
+@st.composite
+def problems(
+    draw: Any,
+    *,
+    most_maps: int = 8,
+    most_cells: int = 24,
+    channels: st.SearchStrategy[int] = any_channels,
+    most_boxes: int = 5,
+    most_bins: int = 15,
+    dtypes: Sequence[str] = tuple(DTYPES),
+    mixed: bool = True,
+) -> Problem:
+    """Any problem at all."""
+    n = draw(st.integers(1, most_maps))
+    palettes = MIXTURES if mixed and draw(st.booleans()) else [(dtype,) for dtype in dtypes]
+    palette = draw(st.sampled_from(palettes))
+    one_layout = draw(st.none() | st.sampled_from(list(LAYOUTS)))
+    maps = [
+        Map(
+            draw(st.integers(1, most_cells)),
+            draw(st.integers(1, most_cells)),
+            draw(st.sampled_from(STRIDES)),
+            draw(st.sampled_from(palette)),
+            one_layout or draw(st.sampled_from(list(LAYOUTS))),
+        )
+        for _ in range(n)
+    ]
+    images = draw(st.sampled_from([1, 1, 2, 3, 0]))
+    lists = draw(st.integers(0, images))
+    drawn = [draw(st.lists(boxes, max_size=most_boxes)) for _ in range(lists)]
+    count = sum(map(len, drawn))
+    way = draw(st.sampled_from(["functional", "module", *(["lists", "rows"] if n == 1 else [])]))
+    given = None
+    if way in ("functional", "module") and draw(st.booleans()):
+        given = draw(st.lists(st.integers(0, n - 1), min_size=count, max_size=count))
+    return Problem(
+        maps=maps,
+        images=images,
+        channels=draw(channels),
+        boxes=drawn,
+        box_dtype=draw(st.sampled_from(["float32", "float32", *BOX_DTYPES])),
+        strided_boxes=draw(st.booleans()),
+        output_size=(draw(st.integers(1, most_bins)), draw(st.integers(1, most_bins))),
+        sampling_ratio=draw(st.integers(-1, 5)),
+        aligned=draw(st.booleans()),
+        canonical=draw(st.sampled_from([(224.0, 4.0), (28.0, 4.0), (7.3, 2.5), (1e-3, 0.0)])),
+        given_levels=given,
+        way=way,
+        grad_layout=draw(st.sampled_from(GRADS)),
+        spoilt=draw(st.lists(st.tuples(st.integers(0, n - 1), st.integers(0, 999), spoils), max_size=2)),
+        spoilt_grad=draw(st.none() | spoils),
+        twice=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+class Call:
+    """A problem made of tensors."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = p = problem
+        generator = torch.Generator().manual_seed(p.seed)
+
+        def noise(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        self.scales = [1 / m.stride for m in p.maps]
+        self.features = []
+        for i, m in enumerate(p.maps):
+            values = noise(p.images, p.channels, m.height, m.width)
+            for which, place, spoil in p.spoilt:
+                if which == i and values.numel():
+                    values.view(-1)[place % values.numel()] = spoil
+            self.features.append(LAYOUTS[m.layout](values.to(DTYPES[m.dtype])))
+        self.boxes = [self._boxes(rows) for rows in p.boxes]
+        self.working = reference_dtype(self.features)
+        self.count = sum(map(len, p.boxes))
+        self.rois = torch.zeros(self.count, 5, dtype=self.working)
+        if self.boxes:
+            self.rois[:, 0] = torch.tensor([float(i) for i, b in enumerate(p.boxes) for _ in b])
+            self.rois[:, 1:] = torch.cat([b.to(self.working) for b in self.boxes])
+        self.levels = None if p.given_levels is None else torch.tensor(p.given_levels, dtype=torch.int64)
+        shape = (self.count, p.channels, *p.output_size)
+        grad = noise(*shape)
+        if p.spoilt_grad is not None and grad.numel():
+            grad.view(-1)[p.seed % grad.numel()] = p.spoilt_grad
+        self.grad = grad.to(self.features[0].dtype)
+        if p.grad_layout == "expanded":
+            self.grad = noise(1).to(self.grad.dtype).expand(shape)
+        else:
+            self.grad = LAYOUTS[p.grad_layout](self.grad)
+
+    def _boxes(self, rows: list[list[float]]) -> Tensor:
+        dtype = BOX_DTYPES[self.problem.box_dtype]
+        result = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
+        if not dtype.is_floating_point:
+            result = result.nan_to_num(0).clamp(0 if dtype == torch.uint8 else -1000, 250)
+        result = result.to(dtype)
+        return result.t().contiguous().t() if self.problem.strided_boxes else result
+
+    def pool(self, features: Sequence[Tensor]) -> Tensor:
+        """Through the public API."""
+        p = self.problem
+        if p.way in ("lists", "rows"):
+            regions = self.boxes if p.way == "lists" else self.rois
+            return roialign.roi_align(
+                features[0], regions, p.output_size, self.scales[0], p.sampling_ratio, p.aligned
+            )
+        scale, level = p.canonical
+        if p.way == "functional":
+            return roialign.multiscale_roi_align(
+                features, self.boxes, p.output_size, self.scales, p.sampling_ratio,
+                aligned=p.aligned, canonical_scale=scale, canonical_level=level, levels=self.levels,
+            )  # fmt: skip
+        names = [f"map {i}" for i in range(len(features))]
+        pooler = roialign.MultiScaleRoIAlign(
+            [*names, "absent"], p.output_size, p.sampling_ratio, canonical_scale=scale, canonical_level=level,
+            aligned=p.aligned, scales=dict(zip(names, self.scales, strict=True)),
+            map_levels=None if self.levels is None else lambda _: self.levels,
+        )  # fmt: skip
+        x = {"unused": torch.empty(0), **dict(zip(reversed(names), reversed(features), strict=True))}
+        return pooler(x, self.boxes)
+
+    def truth(self, features: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The definition with sums in float64, and its gradients."""
+        p = self.problem
+        chosen = self.levels
+        if chosen is None:
+            map_levels = levels.map_levels_of(self.scales)
+            chosen = levels.assign_levels(self.rois[:, 1:], map_levels, *self.canonical)
+        out = torch.empty(self.count, p.channels, *p.output_size, dtype=torch.float64)
+        taps = reference._taps
+
+        def exact(visits: reference.Visits, extent: int) -> reference.Taps:
+            result = taps(visits, extent)
+            return result._replace(weight=result.weight.double())
+
+        leaves = [f.detach().double().requires_grad_() for f in features]
+        with mock.patch.object(reference, "_taps", exact):
+            rest = (chosen, self.scales, p.sampling_ratio, p.aligned, *self.canonical)
+            reference.forward(out, leaves, self.rois, *rest)
+        none = [torch.zeros_like(leaf) for leaf in leaves]
+        if not out.requires_grad:  # no box can be pooled
+            return out, none
+        grads = torch.autograd.grad(out, leaves, grad.double(), allow_unused=True)
+        return out.detach(), [n if g is None else g for n, g in zip(none, grads, strict=True)]
+
+    @property
+    def canonical(self) -> tuple[float, float]:
+        """What `roi_align`, which has one map, cannot be told."""
+        return (224.0, 4.0) if self.problem.way in ("lists", "rows") else self.problem.canonical
+
+    def terms(self) -> int:
+        """The most cells that a bin reads."""
+        p = self.problem
+        if p.sampling_ratio > 0:
+            return (2 * p.sampling_ratio) ** 2
+        # Points of an adaptive grid lie half a cell apart or more.
+        return math.prod(4 * (max(getattr(m, side) for m in p.maps) + 2) for side in ("height", "width"))
+
+
+def judge(call: Call) -> None:
+    """Pool forward, backward and backward again, and hold all of it against the truth."""
+    features = [f.detach().requires_grad_() for f in call.features]
+    grad = call.grad.detach().requires_grad_()
+    with poisoned():
+        pooled = call.pool(features)
+        grads = torch.autograd.grad(pooled, features, grad, create_graph=True)
+        again = torch.autograd.grad(grads, grad, call.features) if call.problem.twice else ()
+    assert pooled.dtype == features[0].dtype
+    assert [g.dtype for g in grads] == [f.dtype for f in features]
+
+    truth, true_grads = call.truth(call.features, call.grad)
+    size, grad_sizes = call.truth([f.abs() for f in call.features], call.grad.abs())
+    terms = call.terms()
+    for result in (pooled, *again):  # backward of backward is forward
+        assert_sums_agree(result, truth, size, terms, call.working)
+    terms *= call.count * math.prod(call.problem.output_size)
+    for actual, expected, magnitude in zip(grads, true_grads, grad_sizes, strict=True):
+        assert_sums_agree(actual, expected, magnitude, terms, call.working)
+
+
+def assert_sums_agree(
+    actual: Tensor, truth: Tensor, magnitude: Tensor, terms: int, working: torch.dtype
+) -> None:
+    """Assert that only the roundings of sums of so many terms lie between a result and the truth.
+
+    Roundings of either sign add up to about the root of their number; twice that, and eight for those of
+    a single term, are allowed, of the size of the sum of absolute terms. Then comes one to the dtype.
+    """
+    assert actual.shape == truth.shape
+    info = torch.finfo(actual.dtype)
+    finite = truth.isfinite()
+    assert torch.equal(actual.isfinite(), finite)
+    error = (actual.double() - truth).abs()
+    allowed = (8 + 2 * math.sqrt(terms)) * (torch.finfo(working).eps * magnitude + torch.finfo(working).tiny)
+    allowed += info.eps * truth.abs() + info.tiny * info.eps
+    wrong = finite & ~(error <= allowed)
+    if wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"at {place} of {tuple(actual.shape)}: got {actual[place]:.9g}, truth {truth[place]:.9g}, "
+            f"error {error[place]:.3g}, allowed {allowed[place]:.3g}"
+        )
+
+
+def reference_dtype(features: Sequence[Tensor]) -> torch.dtype:
+    """The working precision."""
+    return torch.float64 if any(f.dtype == torch.float64 for f in features) else torch.float32
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory for results that is full of NaN: whatever an engine does not write will show."""
+    engine = ops.engine("cpu")
+    empty: Callable[..., Tensor] = engine.empty
+    with mock.patch.object(engine, "empty", lambda *args: empty(*args).fill_(torch.nan)):
+        yield

@@ -1,0 +1,53 @@
+"""The public functions on generated problems, hostile ones among them; see `generated.py`.
+
+CI draws some hundred problems, always the same. For thousands of new ones:
+`pytest --hypothesis-profile=thousands tests/test_generated.py`.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision.ops as peer
+from generated import Call, Problem, assert_sums_agree, judge, problems
+from hypothesis import given, settings
+
+
+@given(problem=problems())
+def test_the_engine_agrees_with_the_definition(problem: Problem) -> None:
+    judge(Call(problem))
+
+
+@given(problem=problems(most_maps=1, dtypes=("float32", "float64"), mixed=False))
+@settings(max_examples=100)
+def test_the_definition_agrees_with_torchvision(problem: Problem) -> None:
+    """Where torchvision is defined: one map, finite boxes, not far larger than the map nor inside out."""
+    call = Call(problem._replace(way="rows", given_levels=None, spoilt=[], spoilt_grad=None))
+    x1, y1, x2, y2 = call.rois[:, 1:].unbind(1)
+    near = (call.rois * call.scales[0]).abs().lt(200).all(1)
+    call.rois = call.rois[near & (x1 <= x2) & (y1 <= y2)]
+    call.count = len(call.rois)
+    leaf = call.features[0].detach().requires_grad_()
+    arguments = (problem.output_size, call.scales[0], problem.sampling_ratio, problem.aligned)
+    pooled = peer.roi_align(leaf, call.rois, *arguments)
+    grad = call.grad[: call.count]
+    (actual,) = torch.autograd.grad(pooled, leaf, grad)
+    truth, (expected,) = call.truth([leaf], grad)
+    size, (magnitude,) = call.truth([leaf.abs()], grad.abs())
+    assert_sums_agree(pooled, truth, size, call.terms(), call.working)
+    terms = call.terms() * truth[:, 0].numel()
+    assert_sums_agree(actual, expected, magnitude, terms, call.working)
+
+
+def test_the_gpu_engine_in_the_interpreter_agrees_with_the_definition() -> None:
+    """In a process of its own, because Triton reads its environment when it is imported."""
+    pytest.importorskip("triton")
+    program = Path(__file__).parent / "gpu_generated.py"
+    command = [sys.executable, "-W", "ignore", str(program), "30"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all 30 agree" in done.stdout

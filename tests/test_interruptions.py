@@ -1,0 +1,278 @@
+"""Forks, KeyboardInterrupt, threads that fail, memory that is not there, the end of the process."""
+
+import sys
+
+import pytest
+from processes import run
+
+pytest.importorskip("numba")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="faults are made as Linux makes them")
+
+
+# fork
+
+
+def test_a_worker_of_a_data_loader_pools():
+    program = """
+class Pooled(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, i):
+        return both()
+
+share_every_call()
+expected = both()
+loader = torch.utils.data.DataLoader(
+    Pooled(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+)
+for results in loader:
+    for actual, wanted in zip(results, expected, strict=True):
+        assert torch.equal(actual, wanted)
+"""
+    run(program)
+
+
+# In a child the engine alone may use threads: OpenMP's, which PyTorch's own operators use, do not survive.
+FORK = """
+def fork(times, pool):
+    expected = [result.numpy().tobytes() for result in pool()]
+    for _ in range(times):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(100)
+            results = [result.numpy().tobytes() for result in pool()]
+            os._exit(results != expected)
+        assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_fork_while_another_thread_pools():
+    program = """
+share_every_call()
+assert_right(both)
+done = threading.Event()
+other = threading.Thread(target=lambda: [both() for _ in iter(done.is_set, True)])
+other.start()
+fork(5, both)
+done.set()
+other.join()
+"""
+    run(FORK + program)
+
+
+COMPILING = """
+from numba.core import event
+compiling = threading.Event()
+class Listener(event.Listener):
+    on_start = on_end = lambda self, _: compiling.set()
+event.register("numba:compile", Listener())
+"""
+
+
+def test_fork_while_another_thread_compiles(tmp_path):
+    program = """
+other = threading.Thread(target=forward)
+other.start()
+assert compiling.wait(60)
+child = os.fork()
+if child == 0:
+    signal.alarm(120)
+    forward()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+other.join()
+"""
+    run(COMPILING + program, NUMBA_CACHE_DIR=str(tmp_path))
+
+
+# KeyboardInterrupt, threads and the end of the process
+
+
+def test_interrupts_at_any_moment():
+    """A call finishes or raises, and the next one is right: nobody still writes where it does."""
+    program = """
+share_every_call()
+expected = both()
+assert_right(both)
+armed = False
+def handler(*_):
+    global armed
+    if armed:
+        armed = False
+        raise KeyboardInterrupt
+signal.signal(signal.SIGINT, handler)
+done = threading.Event()
+def interrupt():
+    while not done.wait(0.002 + 0.004 * torch.rand(()).item()):
+        os.kill(os.getpid(), signal.SIGINT)
+timer = threading.Thread(target=interrupt)
+timer.start()
+counts = {"interrupted": 0, "finished": 0}
+until = time.monotonic() + 60
+while min(counts.values()) < 20 and time.monotonic() < until:
+    try:
+        armed = sum(counts.values()) % 2 == 0
+        results = both()
+        armed = False
+        assert all(map(torch.equal, results, expected))
+        counts["finished"] += 1
+    except KeyboardInterrupt:
+        counts["interrupted"] += 1
+done.set()
+timer.join()
+assert min(counts.values()) == 20, counts
+assert_right(both)
+"""
+    run(program)
+
+
+def test_a_second_interrupt_leaves_helpers_their_own_memory():
+    program = """
+import gc, weakref
+import numpy as np
+from roialign.cpu import memory, threads
+share_every_call()
+inside, go_on = threading.Event(), threading.Event()
+caller = threading.get_ident()
+
+class Owned:
+    pass
+
+def kernel(counter, at):
+    if threading.get_ident() != caller:
+        inside.set()
+        go_on.wait(60)
+        return
+    assert inside.wait(60)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    raise KeyboardInterrupt  # the first; the second comes while the helper is waited for
+
+def call():
+    owned = Owned()
+    try:
+        threads.run(kernel, 2, 64, 100, owned)
+    except KeyboardInterrupt:
+        return weakref.ref(owned)
+    raise AssertionError("not interrupted")
+
+tables = memory.scratch("axis 1", 1000).ctypes.data
+start = time.monotonic()
+owned = call()
+assert time.monotonic() - start < 30
+gc.collect()
+assert owned() is not None
+assert memory.scratch("axis 1", 1000).ctypes.data != tables  # which the helper may still read
+assert_right(both)
+go_on.set()
+for _ in range(100):
+    if owned() is None:
+        break
+    time.sleep(0.1)
+assert owned() is None  # nobody keeps it for ever
+assert_right(both)
+"""
+    run(program)
+
+
+def test_an_interrupt_while_compiling(tmp_path):
+    program = """
+def interrupt():
+    compiling.wait(60)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt).start()
+try:
+    assert_right()
+except KeyboardInterrupt:
+    print("interrupted")
+assert_right()
+"""
+    assert run(COMPILING + program, NUMBA_CACHE_DIR=str(tmp_path)) == "interrupted\n"
+
+
+def test_an_error_in_one_of_several_helpers_waits_for_the_others():
+    program = """
+from roialign.cpu import threads
+share_every_call()
+torch.set_num_threads(3)
+caller, entered, slow = threading.get_ident(), threading.Semaphore(0), threading.Lock()
+finished = []
+def kernel(counter, at):
+    if threading.get_ident() == caller:
+        entered.acquire()
+        entered.acquire()
+        return
+    entered.release()
+    if slow.acquire(blocking=False):
+        time.sleep(0.5)
+        finished.append(True)
+    else:
+        raise MemoryError("in a helper")
+try:
+    threads.run(kernel, 3, 64, 100)
+except MemoryError as error:
+    assert str(error) == "in a helper"
+else:
+    raise AssertionError("not heard of")
+assert finished
+"""
+    run(program)
+
+
+def test_threads_that_cannot_be_started():
+    """At a limit of the system, or while the interpreter ends: the caller does it all."""
+    program = """
+share_every_call()
+def start(self):
+    raise RuntimeError("can't start new thread")
+threading.Thread.start = start
+assert_right(both)
+"""
+    run(program)
+
+
+ENDINGS = {
+    "helpers that wait": "share_every_call()\nassert_right(both)",
+    "a thread that pools": """
+share_every_call()
+assert_right(both)
+threading.Thread(target=lambda: [both() for _ in iter(int, 1)], daemon=True).start()
+time.sleep(1)
+""",
+    "a thread that goes on": """
+share_every_call()
+def late():
+    time.sleep(1)
+    assert_right(both)
+    print("right")
+threading.Thread(target=late).start()
+""",
+    "an exit handler": """
+import atexit
+share_every_call()
+torch.set_num_threads(3)
+atexit.register(lambda: (assert_right(both), print("right")))
+""",
+}
+
+
+@pytest.mark.parametrize("program", ENDINGS.values(), ids=ENDINGS.keys())
+def test_the_end_of_the_process(program):
+    printed = run(program)  # and does not hang or crash
+    if "daemon" not in program:  # PyTorch takes the operators away while such a thread still calls them
+        assert printed == ("right\n" if "print" in program else "")
+
+
+def test_memory_that_is_not_there():
+    program = """
+share_every_call()
+assert_right(both)
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**28, in_use + 2**28))
+for what in (feature, feature.clone().requires_grad_()):
+    try:
+        roi_align(what, [torch.cat(boxes * 1000)], 7, 0.25, 2)
+    except (MemoryError, RuntimeError) as error:
+        print("allocate" in str(error))
+assert_right(both)
+"""
+    assert run(program) == "True\nTrue\n"
