@@ -6,6 +6,7 @@ import itertools
 import json
 import statistics
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,6 +83,13 @@ def annotate(image_id: int, boxes: Tensor, labels: Tensor, masks: Tensor, scores
     ]
 
 
+def decode(shape: Detection) -> np.ndarray:
+    """The mask `(H, W)` of a detection."""
+    with warnings.catch_warnings():  # pycocotools 2.0 has an __array__ of before NumPy 2
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return rle.decode(shape["segmentation"]).astype(bool)
+
+
 def ground_truth(dataset: ShapesDataset) -> COCO:
     """The targets of a dataset, as pycocotools wants them."""
     coco = COCO()
@@ -117,11 +125,11 @@ def average_precision(detections: list[Detection], truth: COCO) -> dict[str, flo
     return dict(zip(names, values, strict=True))
 
 
-def read_log(path: Path) -> list[Row]:
-    """The rows of a log, none if there is none."""
+def read_log(path: Path, steps: int | None = None) -> list[Row]:
+    """The rows of a log, of its first steps if so many are named; none if there is no log."""
     if not path.exists():
         return []
-    return [Row(**json.loads(line)) for line in path.read_text().splitlines()]
+    return [Row(**json.loads(line)) for line in path.read_text().splitlines()[:steps]]
 
 
 def relative_difference(ours: list[Row], theirs: list[Row]) -> np.ndarray:
@@ -155,22 +163,22 @@ def write_report(out: Path, runs: Mapping[str, Run], dataset: ShapesDataset) -> 
     for name, run in runs.items():
         last = {"last loss": run.rows[-1].loss, "ms per step": median_ms(run.rows)}
         result[name] = average_precision(run.detections, truth) | last
-    print_table("run", result)
+    print_table(result)
     if len(runs) > 1:
         first, second = (run.rows for run in runs.values())
         result["agreement"] = agreement(first, second)
         result["agreement"]["times faster per step"] = median_ms(second) / median_ms(first)
-        print_table("", {"agreement": result["agreement"]})
+        print_table({"agreement": result["agreement"]})
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     draw_report(runs, dataset).savefig(out / "report.png")
-    Console().print(f"wrote {out / 'result.json'} and {out / 'report.png'}")
+    print(f"wrote {out / 'result.json'} and {out / 'report.png'}")
 
 
-def print_table(title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
-    """One row for each name, one column for each figure."""
-    table = Table(title, *next(iter(rows.values())), box=box.SIMPLE_HEAD)
-    for name, figures in rows.items():
-        table.add_row(name, *(f"{value:.4g}" for value in figures.values()))
+def print_table(columns: Mapping[str, Mapping[str, float]]) -> None:
+    """Print named figures, a column for each mapping of the same names."""
+    table = Table("", *columns, box=box.SIMPLE_HEAD)
+    for name in next(iter(columns.values())):
+        table.add_row(name, *(f"{figures[name]:.4g}" for figures in columns.values()))
     Console().print(table)
 
 
@@ -207,7 +215,7 @@ def draw_shapes(axes: "Axes", image: Tensor, shapes: list[Detection], with_score
     height, width = image.shape[1:]
     pixels = image.movedim(0, 2).numpy().copy()
     for shape in shapes:
-        mask = rle.decode(shape["segmentation"]).astype(bool)
+        mask = decode(shape)
         pixels[mask] = 0.35 * pixels[mask] + 0.65 * np.array(to_rgb(colour_of(shape)))
     axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest")
     for shape in shapes:
@@ -255,22 +263,28 @@ def colour_of(shape: Detection) -> str:
 
 def draw_curves(figure: "SubFigure", runs: Mapping[str, Run]) -> None:
     """The loss of every run, and by how much those of two differ."""
-    curves, *below = figure.subplots(1, len(runs), squeeze=False)[0]
+    from matplotlib.ticker import LogLocator
+
+    curves, *beside = figure.subplots(1, len(runs), squeeze=False)[0]
     figure.subplots_adjust(0.06, 0.14, 0.985, 0.9, wspace=0.16)
-    for (name, run), (colour, width) in zip(runs.items(), (("#0072B2", 2.6), ("#D55E00", 1.0)), strict=False):
+    styles = (("#56B4E9", 4), ("#D55E00", 1))  # a thin line on a broad one: both are seen where they agree
+    for (name, run), (colour, width) in zip(runs.items(), styles, strict=False):
         steps = [row.step for row in run.rows]
         curves.plot(steps, [row.loss for row in run.rows], color=colour, linewidth=width, label=name)
     curves.set(title="loss", xlabel="step", yscale="log")
+    curves.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    curves.yaxis.set_major_formatter("{x:g}")
+    curves.yaxis.set_minor_formatter("{x:g}")
     curves.legend(frameon=False)
-    for axes in below:
+    for axes in beside:
         first, second = (run.rows for run in runs.values())
-        difference = relative_difference(first, second)
-        axes.plot([row.step for row in first], difference.clip(min=1e-9), ".", color="#0072B2", markersize=3)
+        difference = relative_difference(first, second).clip(min=np.finfo(float).eps)
+        axes.plot([row.step for row in first], difference, ".", color="#0072B2", markersize=3)
         axes.set(title="difference of the two losses, relative", xlabel="step", yscale="log")
-    for axes in (curves, *below):
+    for axes in (curves, *beside):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":
-    print_table("", {"agreement": agreement(*(read_log(Path(path)) for path in sys.argv[1:3]))})
+    print_table({"agreement": agreement(*(read_log(Path(path)) for path in sys.argv[1:3]))})

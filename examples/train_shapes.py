@@ -46,6 +46,17 @@ from roialign import convert_poolers
 
 POOLERS = ("roialign", "torchvision")
 PARTS = ("model", "optimizer", "scheduler")  # of a trainer, whose states a checkpoint holds
+# The arguments that a curve depends on: a resumed run must have them as its checkpoint has.
+SHAPING = (
+    "steps",
+    "batch_size",
+    "learning_rate",
+    "image_size",
+    "train_images",
+    "test_images",
+    "seed",
+    "dtype",
+)
 MAX_NORM = 10.0  # of the gradient, against a rare bad batch early on
 
 
@@ -68,14 +79,14 @@ def main(argv: list[str] | None = None) -> int:
         try:
             check_arguments(args, world)
             runs = {pooler: run(args, pooler, world) for pooler in args.poolers}
+            if world.rank == 0:
+                write_report(args.out, runs, held_out(args))
         except ArgumentsError as error:
             tell(world, f"train_shapes.py: error: {error}")
             return 2
         except KeyboardInterrupt:
             tell(world, "interrupted; the same command with --resume goes on from here")
             return 130
-        if world.rank == 0:
-            write_report(args.out, runs, held_out(args))
     return 0
 
 
@@ -252,15 +263,19 @@ class Trainer:
             [{name: self.put(value) for name, value in target.items()} for target in targets],
         )
 
-    def train_step(self, images: tuple[Tensor, ...], targets: tuple[dict[str, Tensor], ...]) -> list[float]:
-        """Take one step of the optimizer; returns the losses of this process, as they were before it."""
-        losses = self.compute_losses(images, targets)
+    def descend(self, loss: Tensor) -> None:
+        """Take one step of the optimizer."""
         self.optimizer.zero_grad()
-        sum(losses.values()).backward()
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
         self.optimizer.step()
         self.scheduler.step()
         self.step += 1
+
+    def train_step(self, images: tuple[Tensor, ...], targets: tuple[dict[str, Tensor], ...]) -> list[float]:
+        """Take one step on this process's share of a batch; returns its losses, as they were before."""
+        losses = self.compute_losses(images, targets)
+        self.descend(sum(losses.values()))
         return torch.stack([losses[name].detach() for name in LOSSES]).tolist()
 
     def put(self, value: Tensor) -> Tensor:
@@ -293,18 +308,8 @@ class Trainer:
 
 
 def run_arguments(args: argparse.Namespace, world: World) -> dict[str, Any]:
-    """What shapes a curve, by the name that the user knows: a resumed run must have all of it the same."""
-    names = (
-        "steps",
-        "batch_size",
-        "learning_rate",
-        "image_size",
-        "train_images",
-        "test_images",
-        "seed",
-        "dtype",
-    )
-    shaping = {"--" + name.replace("_", "-"): getattr(args, name) for name in names}
+    """What the curve of this run depends on, by the names that the user knows."""
+    shaping = {"--" + name.replace("_", "-"): getattr(args, name) for name in SHAPING}
     return {**shaping, "the number of processes": world.size}
 
 
@@ -315,7 +320,7 @@ def train(args: argparse.Namespace, pooler: str, world: World) -> tuple[MaskRCNN
     if args.resume and checkpoint.exists():
         trainer.load(checkpoint)
         tell(world, f"{checkpoint}: going on after step {trainer.step}")
-    rows = read_log(log_path)[: trainer.step]  # the log may have run ahead of the checkpoint
+    rows = read_log(log_path, trainer.step)  # a log may have run ahead of its checkpoint
     trainer.detector.train()
     with defer_interrupt() as asked, open_log(log_path, rows, world) as log, show_progress(world) as bar:
         task = bar.add_task(pooler, total=args.steps, completed=trainer.step, loss=math.nan, rate=math.nan)
