@@ -13,8 +13,8 @@ from torchvision.ops import masks_to_boxes
 
 CLASSES = ("background", "circle", "rectangle", "triangle")  # background is torchvision's class 0
 
-MOST_SHAPES = 7
-RADII = (0.08, 0.22)  # of the circle around a shape, as a fraction of the image's side
+MOST_SHAPES = 6
+RADII = (0.09, 0.28)  # of the circle around a shape, as a fraction of the image's side
 LEAST_VISIBLE = 0.4  # of its area: a shape that would leave less of another is not drawn
 
 
@@ -29,7 +29,7 @@ class ShapesDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         seed: another seed gives other images.
     """
 
-    def __init__(self, indices: range, size: int = 128, seed: int = 0) -> None:
+    def __init__(self, indices: range, size: int = 96, seed: int = 0) -> None:
         self.indices = indices
         self.size = size
         self.seed = seed

@@ -38,7 +38,7 @@ from torchvision.models import resnet18
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
@@ -109,10 +109,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--pooler", choices=[*POOLERS, "both"], default="both", help="whose poolers")
     add("--out", type=Path, default=Path("runs/shapes"), help="folder for logs, checkpoints and report")
     add("--resume", action="store_true", help="go on from the checkpoints in --out, where there are any")
-    add("--steps", type=at_least(1), default=600, help="of the optimizer")
+    add("--steps", type=at_least(1), default=800, help="of the optimizer")
     add("--batch-size", type=at_least(1), default=4, help="images per step, of all processes together")
-    add("--learning-rate", type=float, default=0.03, help="the highest of the schedule")
-    add("--image-size", type=at_least(1), default=128, help="height and width in pixels")
+    add("--learning-rate", type=float, default=0.001, help="the highest of the schedule")
+    add("--image-size", type=at_least(1), default=96, help="height and width in pixels")
     add("--train-images", type=at_least(1), default=2000, help="in the training set")
     add("--test-images", type=at_least(1), default=200, help="in the held-out set")
     add("--checkpoint-every", type=at_least(1), default=100, metavar="STEPS", help="and at the end")
@@ -179,24 +179,27 @@ def join_world(device_type: str) -> Iterator[World]:
 
 def build_model(args: argparse.Namespace, pooler: str) -> MaskRCNN:
     """Mask R-CNN with a ResNet-18 FPN, its heads and anchors made for small images."""
-    # Batches are too small for batch statistics, and these do not depend on how many processes share one.
+    # Without pretrained weights, normalise everywhere (arXiv:1811.08883); by groups, since the batches are
+    # too small for statistics of their own, and so that it matters not how many processes share one.
     norm = functools.partial(nn.GroupNorm, 16)
     layers = {f"layer{i + 1}": str(i) for i in range(4)}
     channels = 128
-    backbone = BackboneWithFPN(resnet18(norm_layer=norm), layers, [64, 128, 256, 512], channels)
+    backbone = BackboneWithFPN(
+        resnet18(norm_layer=norm), layers, [64, 128, 256, 512], channels, norm_layer=norm
+    )
     levels = list(layers.values())
-    scale = args.image_size // 2  # a box of half the image is pooled from level 4, as in FPN
+    size = args.image_size
     model = MaskRCNN(
         backbone,
         rpn_anchor_generator=AnchorGenerator(((8,), (16,), (32,), (64,), (128,)), ((0.5, 1.0, 2.0),) * 5),
-        box_roi_pool=MultiScaleRoIAlign(levels, 7, 2, canonical_scale=scale),
-        box_head=TwoMLPHead(channels * 7**2, 256),
+        box_roi_pool=MultiScaleRoIAlign(levels, 7, 2, canonical_scale=size),
+        box_head=FastRCNNConvFCHead((channels, 7, 7), [64, 64], [256], norm),
         box_predictor=FastRCNNPredictor(256, len(CLASSES)),
-        mask_roi_pool=MultiScaleRoIAlign(levels, 14, 2, canonical_scale=scale),
-        mask_head=MaskRCNNHeads(channels, (64, 64), dilation=1),
+        mask_roi_pool=MultiScaleRoIAlign(levels, 14, 2, canonical_scale=size),
+        mask_head=MaskRCNNHeads(channels, (64, 64), dilation=1, norm_layer=norm),
         mask_predictor=MaskRCNNPredictor(64, 64, len(CLASSES)),
-        min_size=args.image_size,
-        max_size=args.image_size,
+        min_size=size,
+        max_size=size,
         rpn_pre_nms_top_n_train=300,
         rpn_pre_nms_top_n_test=300,
         rpn_post_nms_top_n_train=150,
@@ -241,9 +244,7 @@ class Trainer:
         self.args, self.world = args, world
         self.dtype = getattr(torch, args.dtype)
         self.model = build_model(args, pooler).to(world.device, self.dtype)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), args.learning_rate, momentum=0.9, weight_decay=1e-4
-        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), args.learning_rate)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, args.learning_rate, args.steps, pct_start=0.1
         )
