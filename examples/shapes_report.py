@@ -1,9 +1,13 @@
-"""What a detector makes of the held-out shapes: detections, average precision, a table and a picture."""
+"""What a detector makes of the held-out shapes: detections, average precision, a table and a picture.
+
+python examples/shapes_report.py ONE/log.jsonl OTHER/log.jsonl  # how long two curves stay together
+"""
 
 import contextlib
 import io
 import itertools
 import json
+import math
 import statistics
 import sys
 import warnings
@@ -90,13 +94,16 @@ def decode(shape: Detection) -> np.ndarray:
         return rle.decode(shape["segmentation"]).astype(bool)
 
 
+def annotate_target(target: dict[str, Tensor]) -> list[Detection]:
+    """The shapes that are there, as if they had been detected with certainty."""
+    boxes, ones = target["boxes"], torch.ones(len(target["boxes"]))
+    return annotate(int(target["image_id"]), boxes, target["labels"], target["masks"], ones)
+
+
 def ground_truth(dataset: ShapesDataset) -> COCO:
     """The targets of a dataset, as pycocotools wants them."""
     coco = COCO()
-    annotations: list[dict[str, Any]] = []
-    for _, target in dataset:
-        image_id, ones = int(target["image_id"]), torch.ones(len(target["boxes"]))
-        annotations += annotate(image_id, target["boxes"], target["labels"], target["masks"], ones)
+    annotations = [annotation for _, target in dataset for annotation in annotate_target(target)]
     for i, annotation in enumerate(annotations, 1):  # COCOeval takes id 0 for no match
         annotation.update(id=i, iscrowd=0, area=float(rle.area(annotation["segmentation"])))
     coco.dataset = {
@@ -139,16 +146,14 @@ def relative_difference(ours: list[Row], theirs: list[Row]) -> np.ndarray:
 
 
 def agreement(ours: list[Row], theirs: list[Row]) -> dict[str, float]:
-    """How long two curves stay together, and how near their ends are.
-
-    `steps within D`: how many steps from the first on the losses differ by D at most, relatively.
-    """
+    """How many steps two curves stay within some relative differences, counted from the first."""
     difference = relative_difference(ours, theirs)
-    within = {f"steps within {d:g}": int(np.argmax([*(difference > d), True])) for d in (1e-6, 1e-4, 1e-2)}
-    ends = {}
-    for name, rows in (("first", ours), ("second", theirs)):
-        ends[f"last tenth, {name}"] = statistics.fmean(row.loss for row in rows[-max(1, len(rows) // 10) :])
-    return {**within, **ends}
+    return {f"steps within {d:g}": int(np.argmax([*(difference > d), True])) for d in (1e-6, 1e-4, 1e-2)}
+
+
+def last_loss(rows: list[Row]) -> float:
+    """The mean over the last tenth of the steps."""
+    return statistics.fmean(row.loss for row in rows[-math.ceil(len(rows) / 10) :])
 
 
 def median_ms(rows: list[Row]) -> float:
@@ -161,8 +166,8 @@ def write_report(out: Path, runs: Mapping[str, Run], dataset: ShapesDataset) -> 
     truth = ground_truth(dataset)
     result: dict[str, dict[str, float]] = {}
     for name, run in runs.items():
-        last = {"last loss": run.rows[-1].loss, "ms per step": median_ms(run.rows)}
-        result[name] = average_precision(run.detections, truth) | last
+        training = {"loss, last tenth": last_loss(run.rows), "ms per step": median_ms(run.rows)}
+        result[name] = average_precision(run.detections, truth) | training
     print_table(result)
     if len(runs) > 1:
         first, second = (run.rows for run in runs.values())
@@ -198,10 +203,9 @@ def draw_report(runs: Mapping[str, Run], dataset: ShapesDataset) -> "Figure":
     pictures[1, 0].set_ylabel(f"predicted, {name}", fontsize=12)
     for item in items:
         image, target = dataset[item]
-        index, ones = int(target["image_id"]), torch.ones(len(target["boxes"]))
-        truth = annotate(index, target["boxes"], target["labels"], target["masks"], ones)
-        seen = [d for d in run.detections if d["image_id"] == index and d["score"] >= SHOWN_SCORE]
-        draw_shapes(pictures[0, item], image, truth, with_scores=False)
+        found = (d for d in run.detections if d["image_id"] == int(target["image_id"]))
+        seen = [d for d in found if d["score"] >= SHOWN_SCORE]
+        draw_shapes(pictures[0, item], image, annotate_target(target), with_scores=False)
         draw_shapes(pictures[1, item], image, seen, with_scores=True)
     draw_curves(lower, runs)
     return figure
