@@ -324,7 +324,7 @@ def train(args: argparse.Namespace, pooler: str, world: World) -> tuple[MaskRCNN
     rows = read_log(log_path, trainer.step)  # a log may have run ahead of its checkpoint
     trainer.detector.train()
     with defer_interrupt() as asked, open_log(log_path, rows, world) as log, show_progress(world) as bar:
-        task = bar.add_task(pooler, total=args.steps, completed=trainer.step, loss=math.nan, rate=math.nan)
+        task = bar.add_task(pooler, total=args.steps, completed=trainer.step, figures="")
         for images, targets in load_batches(args, world, trainer.step):
             start = time.perf_counter()
             losses = trainer.train_step(images, targets)
@@ -332,7 +332,8 @@ def train(args: argparse.Namespace, pooler: str, world: World) -> tuple[MaskRCNN
             *losses, seconds, stop = average([*losses, seconds, asked.is_set()], world)
             rows.append(Row(trainer.step, sum(losses), *losses, seconds))
             print(json.dumps(rows[-1]._asdict()), file=log, flush=True)
-            bar.update(task, completed=trainer.step, loss=sum(losses), rate=1 / seconds)
+            figures = f"loss {sum(losses):.3f}  {1 / seconds:.2f} steps/s"
+            bar.update(task, completed=trainer.step, figures=figures)
             if not math.isfinite(sum(losses)):
                 raise FloatingPointError(
                     f"the loss of step {trainer.step} is {sum(losses)}; lower --learning-rate"
@@ -396,7 +397,7 @@ def show_progress(world: World) -> Progress:
         TextColumn("{task.description:>11}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.2f} steps/s"),
+        TextColumn("{task.fields[figures]}"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         disable=world.rank > 0,
