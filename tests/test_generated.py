@@ -44,7 +44,7 @@ def test_the_definition_agrees_with_torchvision(problem: Problem) -> None:
 
 def test_the_gpu_engine_in_the_interpreter_agrees_with_the_definition() -> None:
     """In a process of its own, because Triton reads its environment when it is imported."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.3")
     program = Path(__file__).parent / "gpu_generated.py"
     command = [sys.executable, "-W", "ignore", str(program), "30"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

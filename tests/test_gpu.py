@@ -3,6 +3,7 @@
 Both need a process of their own, because Triton reads its environment when it is imported.
 """
 
+import importlib
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 
 PROGRAMS = Path(__file__).parent
 
@@ -38,3 +39,13 @@ def test_kernels_compile_without_spills(tmp_path):
 
     with ThreadPoolExecutor() as pool:
         assert all("no spills" in printed for printed in pool.map(compile_for, ("80", "90", "100")))
+
+
+def test_an_old_triton_is_named(monkeypatch):
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    for name in [name for name in sys.modules if name.startswith("roialign.gpu")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"need Triton 3\.3 or newer, got 3\.2\.0"):
+        importlib.import_module("roialign.gpu.engine")
