@@ -22,15 +22,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from shapes import CLASSES, ShapesDataset
-from shapes_report import LOSSES, Detection, Row, Run, detect, read_log, write_report
+from shapes_report import LOSSES, Row, Run, detect, read_log, write_report
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
@@ -41,6 +40,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
+from world import World, average, gather, join_world, tell
 
 from roialign import convert_poolers
 
@@ -62,14 +62,6 @@ MAX_NORM = 10.0  # of the gradient, against a rare bad batch early on
 
 class ArgumentsError(Exception):
     """The command cannot be carried out; the message says why."""
-
-
-class World(NamedTuple):
-    """Which of how many processes this one is, and where it computes."""
-
-    rank: int
-    size: int
-    device: torch.device
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -158,23 +150,6 @@ def check_arguments(args: argparse.Namespace, world: World) -> None:
     for path in (checkpoint_of(args, pooler) for pooler in args.poolers):
         if path.exists() and not args.resume:
             raise ArgumentsError(f"--out must hold no run, or --resume be given, got {str(path)!r}")
-
-
-@contextlib.contextmanager
-def join_world(device_type: str) -> Iterator[World]:
-    """Join the other processes if torchrun started this one, and leave them in the end."""
-    device = torch.device(device_type)
-    if not dist.is_torchelastic_launched():
-        yield World(0, 1, device)
-        return
-    if device_type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
-    finally:
-        dist.destroy_process_group()
 
 
 def build_model(args: argparse.Namespace, pooler: str) -> MaskRCNN:
@@ -351,24 +326,6 @@ def checkpoint_of(args: argparse.Namespace, pooler: str) -> Path:
     return args.out / pooler / "checkpoint.pt"
 
 
-def average(values: list[float], world: World) -> list[float]:
-    """The mean over all processes, so that all of them see the same and decide alike."""
-    if world.size == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=world.device)
-    dist.all_reduce(total)
-    return (total / world.size).tolist()
-
-
-def gather(found: list[Detection], world: World) -> list[Detection]:
-    """The detections of all processes."""
-    if world.size == 1:
-        return found
-    shares: list[list[Detection]] = [[]] * world.size
-    dist.all_gather_object(shares, found)
-    return list(itertools.chain.from_iterable(shares))
-
-
 @contextlib.contextmanager
 def defer_interrupt() -> Iterator[threading.Event]:
     """Note Ctrl-C, for the loop to look at between steps: half a step is in no checkpoint."""
@@ -402,12 +359,6 @@ def show_progress(world: World) -> Progress:
         console=Console(stderr=True),
         disable=world.rank > 0,
     )
-
-
-def tell(world: World, message: str) -> None:
-    """Say something once, whatever the number of processes."""
-    if world.rank == 0:
-        print(message, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -74,11 +74,6 @@ def read_json(argument: str, path: Path) -> Any:
             gc.enable()
 
 
-def what_is_used(entry: dict[str, Any]) -> dict[str, Any]:
-    """An object of a JSON file without segmentations and the like."""
-    return {key: entry[key] for key in USED if key in entry}
-
-
 def picture_of(image: dict[str, Any], size: int | None, max_size: int | None) -> Picture:
     """An image, as yet without regions."""
     number, name, height, width = (image.get(key) for key in ("id", "file_name", "height", "width"))
