@@ -32,6 +32,7 @@ import torch
 import roialign
 from roialign.cpu import memory
 from roialign.doctor import print_table
+from roialign.ops import DTYPES
 from roialign.testing import pyramid, random_boxes
 from roialign.warmup import track
 
@@ -90,7 +91,7 @@ def draw(rng: random.Random) -> Problem:
         width=rng.randint(32, 320 if large else 160),
         images=rng.randint(1, 2),
         channels=rng.choice((64, 96, 128) if large else (1, 3, 16, 33, 64)),
-        dtype=rng.choice(list(ALL_DTYPES)),
+        dtype=rng.choice(DTYPES),
         layout=rng.choice(LAYOUTS),
         rois=rng.randint(100, 500) if large else rng.choice((0, 1, 7, 40)),
         output_size=(7, 7) if large else (rng.randint(1, 9), rng.randint(1, 9)),
@@ -100,9 +101,8 @@ def draw(rng: random.Random) -> Problem:
     )
 
 
-ALL_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _shapes = random.Random(7)
-FIXED = tuple(draw(_shapes)._replace(dtype=ALL_DTYPES[i % 4], rois=50 + 150 * (i % 3)) for i in range(12))
+FIXED = tuple(draw(_shapes)._replace(dtype=DTYPES[i % 4], rois=50 + 150 * (i % 3)) for i in range(12))
 
 
 def digest(problem: Problem, rng: random.Random, times: int = 1) -> list[str]:

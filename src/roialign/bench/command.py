@@ -16,7 +16,7 @@ from .. import MultiScaleRoIAlign, ops, reference
 from ..doctor import first_line, print_table
 from ..warmup import track
 from . import probes
-from .timing import Effort, ratio, spread, time_by_turns
+from .timing import Effort, milliseconds, ratio
 from .workloads import FULL, QUICK, TINY, WORKLOADS, Call, Size, Workload, make_boxes, make_call, make_maps
 
 HELP = "time roialign against torchvision"
@@ -186,8 +186,7 @@ def _measure(
         calls |= {name: peer.call for name, peer in peers.items()}
         orders = {name: peer.order for name, peer in peers.items()}
     differences = _differences(calls, orders)
-    times = time_by_turns(calls, Effort(args.seconds, args.repeats))
-    ms = {name: spread([1000 * s for s in seconds]) for name, seconds in times.items()}
+    ms = milliseconds(calls, Effort(args.seconds, args.repeats))
     return {
         "name": workload.name,
         "boxes": size.boxes_of(workload.boxes),
@@ -246,9 +245,7 @@ def growth(size: Size, effort: Effort, poolers: Mapping[str, Any]) -> list[Repor
     for count in sorted({size.boxes_of(count) for count in COUNTS}):
         workload = box_head._replace(boxes=count)
         calls = _make_calls(workload, size._replace(share=1.0), maps, poolers)
-        times = time_by_turns(calls, effort)
-        ms = {name: spread([1000 * s for s in seconds]) for name, seconds in times.items()}
-        points.append({"boxes": count, "ms": ms})
+        points.append({"boxes": count, "ms": milliseconds(calls, effort)})
     return points
 
 

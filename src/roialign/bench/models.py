@@ -1,6 +1,7 @@
 """Whole detectors of torchvision, before and after `convert_poolers`."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import convert_poolers
-from .timing import Effort, ratio, spread, time_by_turns
+from .timing import Effort, milliseconds, ratio
 
 DETECTORS = {
     "Faster R-CNN, MobileNetV3": "fasterrcnn_mobilenet_v3_large_fpn",
@@ -41,10 +42,9 @@ def _measure(name: str, effort: Effort, size: Size) -> Iterator[dict[str, Any]]:
     before = make_detector(DETECTORS[name], image, size)
     detectors = {"torchvision": before, "roialign": convert_poolers(copy.deepcopy(before))}
     for what, run in (("inference", infer), ("training step", make_step(_target(size)))):
-        calls = {pooler: _bind(run, model, image) for pooler, model in detectors.items()}
+        calls = {pooler: functools.partial(run, model, image) for pooler, model in detectors.items()}
         agrees = _agree(*(call() for call in calls.values()))
-        times = time_by_turns(calls, effort)
-        ms = {pooler: spread([1000 * s for s in seconds]) for pooler, seconds in times.items()}
+        ms = milliseconds(calls, effort)
         yield {
             "name": name,
             "what": what,
@@ -116,12 +116,6 @@ def _target(size: Size) -> dict[str, Tensor]:
     for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
         mask[y1:y2, x1:x2] = 1
     return {"boxes": boxes, "labels": torch.arange(1, OBJECTS + 1), "masks": masks}
-
-
-def _bind(
-    run: Callable[[Any, Tensor], list[Tensor]], model: Any, image: Tensor
-) -> Callable[[], list[Tensor]]:
-    return lambda: run(model, image)
 
 
 def _agree(theirs: list[Tensor], ours: list[Tensor]) -> bool:

@@ -80,6 +80,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return dict(zip(("min", "q1", "median", "q3", "max"), quantiles, strict=True), runs=len(values))
 
 
+def milliseconds(calls: Mapping[str, Callable[[], object]], effort: Effort) -> dict[str, dict[str, float]]:
+    """The spread of the times of functions that take turns, by name."""
+    times = time_by_turns(calls, effort)
+    return {name: spread([1000 * s for s in seconds]) for name, seconds in times.items()}
+
+
 def ratio(slow: Mapping[str, float], fast: Mapping[str, float]) -> dict[str, float]:
     """The ratio of the medians of two spreads, and between what it lies if both quartiles conspire."""
     return {
