@@ -18,7 +18,9 @@ from torch import Tensor
 import roialign
 from roialign import ops
 from roialign.bench.workloads import make_boxes
+from roialign.levels import staircase
 from roialign.rois import boxes_to_rois
+from roialign.schema import Pooling
 from roialign.testing import assert_within_budget, pyramid
 
 STRIDES = [4, 8, 16, 32]
@@ -161,13 +163,13 @@ def workload(
     shapes = [SIZE] * len(counts)
     rois = boxes_to_rois(boxes, x["0"], torch.float32)
     features = list(x.values())
-    pooling = (SCALES, 2, False, 224.0, 4.0)
+    pooling = Pooling((size, size), SCALES, 2, False, *staircase(SCALES, 224, 4, torch.float32))
 
     def kernels() -> None:
-        out = torch.ops.roialign.multiscale_roi_align(features, rois, None, size, size, *pooling)
+        out = torch.ops.roialign.multiscale_roi_align(features, rois, None, *pooling)
         if training:
             grads = [torch.empty_like(f) for f in features]
-            ops.engine("cuda").backward(grads, out, rois, None, *pooling)
+            ops.engine("cuda").backward(grads, out, rois, None, pooling)
 
     if training:
         runs: dict[str, Run] = {

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from roialign import LevelMapper, demo, plot
-from roialign.levels import assign_levels, map_levels_of
+from roialign.levels import staircase
 
 FOLDER = Path(__file__).parent / "pictures"
 DPI = 110
@@ -74,7 +74,7 @@ def gap() -> Figure:
 
 
 def _draw_service(axes: Axes, sides: list[float], boxes: torch.Tensor, strides: Sequence[int]) -> None:
-    ours = assign_levels(boxes, map_levels_of([1 / s for s in strides]), 224, 4).tolist()
+    ours = staircase([1 / s for s in strides], 224, 4, boxes.dtype).levels(boxes).tolist()
     theirs = LevelMapper(round(math.log2(strides[0])), round(math.log2(strides[-1])))([boxes]).tolist()
     axes.plot(sides, [strides[i] for i in ours], color=plot.COLOURS[6], linewidth=2.5, label="roialign")
     served = [(side, strides[i]) for side, i in zip(sides, theirs, strict=True) if i < len(strides)]

@@ -45,7 +45,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import roialign
-from roialign.levels import assign_levels, map_levels_of
+from roialign.levels import staircase
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -87,7 +87,8 @@ def pool(
     scales = [1 / kind.stride for kind in backbone.kinds.values()]
     size, ratio, aligned = args.output_size, args.sampling_ratio, args.aligned
     if backbone.is_pyramid:
-        levels = assign_levels(torch.cat(boxes), map_levels_of(scales), 224, 4)  # as the detectors' heads
+        every = torch.cat(boxes)
+        levels = staircase(scales, 224, 4, every.dtype).levels(every)  # as the detectors' heads
         how = {"sampling_ratio": ratio, "aligned": aligned, "levels": levels}
         return roialign.multiscale_roi_align(features, boxes, size, scales, **how), {"levels": levels.cpu()}
     pairs = zip(features, scales, strict=True)

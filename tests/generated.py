@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import roialign
-from roialign import levels, ops, reference
+from roialign import ops, reference
+from roialign.levels import staircase
+from roialign.schema import Pooling
+from roialign.taps import Points, Taps
 from roialign.testing import LAYOUTS
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ops.DTYPES}
@@ -224,21 +227,18 @@ class Call:
     def truth(self, features: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The definition with sums in float64, and its gradients."""
         p = self.problem
-        chosen = self.levels
-        if chosen is None:
-            map_levels = levels.map_levels_of(self.scales)
-            chosen = levels.assign_levels(self.rois[:, 1:], map_levels, *self.canonical)
+        steps = staircase(self.scales, *self.canonical, self.working)
         out = torch.empty(self.count, p.channels, *p.output_size, dtype=torch.float64)
-        taps = reference._taps
+        taps = reference.taps_of
 
-        def exact(visits: reference.Visits, extent: int) -> reference.Taps:
-            result = taps(visits, extent)
+        def exact(points: Points, start: int, side: int) -> Taps:
+            result = taps(points, start, side)
             return result._replace(weight=result.weight.double())
 
         leaves = [f.detach().double().requires_grad_() for f in features]
-        with mock.patch.object(reference, "_taps", exact):
-            rest = (chosen, self.scales, p.sampling_ratio, p.aligned, *self.canonical)
-            reference.forward(out, leaves, self.rois, *rest)
+        pooling = Pooling(p.output_size, self.scales, max(p.sampling_ratio, 0), p.aligned, *steps)
+        with mock.patch.object(reference, "taps_of", exact):
+            reference.forward(out, leaves, self.rois, self.levels, pooling)
         none = [torch.zeros_like(leaf) for leaf in leaves]
         if not out.requires_grad:  # no box can be pooled
             return out, none

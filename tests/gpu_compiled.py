@@ -17,8 +17,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from roialign.gpu import engine
-from roialign.ops import is_channels_last
+from roialign.layout import is_channels_last
+from roialign.levels import staircase
 from roialign.rois import working_dtype
+from roialign.schema import Pooling
 from roialign.testing import pyramid
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -102,12 +104,14 @@ def launched(case: Case) -> list[Any]:
     levels = torch.empty(1000, dtype=torch.int64, device="meta") if case.levels_given else None
     shape = (1000, case.channels, *case.output_size)
     out = engine.empty(shape, case.dtype, rois.device, is_channels_last(features[0]))
-    rest = (rois, levels, [1 / s for s in case.strides], case.ratio, case.aligned, 224.0, 4.0)
+    scales = [1 / s for s in case.strides]
+    steps = staircase(scales, 224, 4, rois.dtype)
+    pooling = Pooling(case.output_size, scales, max(case.ratio, 0), case.aligned, *steps)
     JITFunction.run = compile_only
     try:
-        engine.forward(out, features, *rest)
+        engine.forward(out, features, rois, levels, pooling)
         assert [k.metadata.name for k in kernels] == ["forward"]
-        engine.backward(features, out, *rest)
+        engine.backward(features, out, rois, levels, pooling)
         assert [k.metadata.name for k in kernels] == ["forward", "touch", "backward"]
     finally:
         JITFunction.run = run

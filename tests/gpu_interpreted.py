@@ -9,8 +9,11 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 import torch
 from torch import Tensor
 
-from roialign import levels, ops, reference
+from roialign import ops, reference
 from roialign.gpu import engine
+from roialign.layout import is_channels_last
+from roialign.levels import staircase
+from roialign.schema import Pooling
 from roialign.testing import LAYOUTS, assert_within_budget, hostile_boxes, pyramid, random_boxes
 
 SIZE = (48, 72)
@@ -26,6 +29,10 @@ def assert_agrees(actual: Tensor, truth: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(actual, truth, rtol=1e-12, atol=1e-12, equal_nan=True)
     else:
         assert_within_budget(actual, truth=truth, reference=expected)
+
+
+def pooling_of(scales, output_size, ratio, aligned, working) -> Pooling:
+    return Pooling(output_size, scales, max(ratio, 0), aligned, *staircase(scales, *CANONICAL, working))
 
 
 def check(
@@ -51,16 +58,16 @@ def check(
         rois = rois_of(random_boxes([3] * images, image_size=SIZE, dtype=working))
     rois = rois.to(working)
     scales = [1 / s for s in strides]
-    rest = (ratio, aligned, *CANONICAL)
+    pooling = pooling_of(scales, output_size, ratio, aligned, working)
     mapped = given
     if given is None:  # the truth has the levels that the working precision chose
-        mapped = levels.assign_levels(rois[:, 1:], levels.map_levels_of(scales), *CANONICAL)
+        mapped = pooling.staircase.levels(rois[:, 1:])
     shape = (len(rois), channels, *output_size)
-    out = reference.empty(shape, dtype, rois.device, ops.is_channels_last(features[0]))
+    out = reference.empty(shape, dtype, rois.device, is_channels_last(features[0]))
     expected, truth = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=torch.float64)
-    engine.forward(out, features, rois, given, scales, *rest)
-    reference.forward(expected, features, rois, given, scales, *rest)
-    reference.forward(truth, [f.double() for f in features], rois.double(), mapped, scales, *rest)
+    engine.forward(out, features, rois, given, pooling)
+    reference.forward(expected, features, rois, given, pooling)
+    reference.forward(truth, [f.double() for f in features], rois.double(), mapped, pooling)
     assert_agrees(out, truth, expected)
 
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -68,11 +75,11 @@ def check(
     results: list[list[Tensor]] = []
     for garbage in (torch.nan, 7.0)[: 1 + twice]:
         results.append([LAYOUTS[layout](torch.full_like(f, garbage)) for f in features])
-        engine.backward(results[-1], grad, rois, given, scales, *rest)
+        engine.backward(results[-1], grad, rois, given, pooling)
     same = [torch.empty_like(f) for f in features]
     truths = [torch.empty_like(f, dtype=torch.float64) for f in features]
-    reference.backward(same, grad, rois, given, scales, *rest)
-    reference.backward(truths, grad.double(), rois.double(), mapped, scales, *rest)
+    reference.backward(same, grad, rois, given, pooling)
+    reference.backward(truths, grad.double(), rois.double(), mapped, pooling)
     for first, again, r, t in zip(results[0], results[-1], same, truths, strict=True):
         assert torch.equal(first, again)  # the same bits, and every element is written
         assert_agrees(first, t, r)
@@ -120,8 +127,9 @@ def check_boundaries_of_levels() -> None:
         rois = torch.stack((side * 0, side * 0, side * 0, side, side), 1)
         features = [torch.full((1, 1, 2, 2), float(i), dtype=working) for i in range(4)]
         out = torch.empty(len(rois), 1, 1, 1, dtype=working)
-        engine.forward(out, features, rois, None, scales, 1, False, *CANONICAL)
-        wanted = levels.assign_levels(rois[:, 1:], levels.map_levels_of(scales), *CANONICAL)
+        pooling = pooling_of(scales, (1, 1), 1, False, working)
+        engine.forward(out, features, rois, None, pooling)
+        wanted = pooling.staircase.levels(rois[:, 1:])
         inside = ~out.flatten().eq(0) | wanted.eq(0)  # the centre of every box meets its map
         assert inside.all()
         assert torch.equal(out.flatten().long(), wanted)
@@ -142,7 +150,7 @@ def check_that_nan_stays_where_it_is() -> None:
     out, expected = torch.empty(2, 2, 1, 2, 2)
     grad = torch.ones(2, 1, 2, 2)
     grad[0, 0, 1, 1] = torch.nan
-    rest = (rois, None, [0.25], 2, False, *CANONICAL)
+    rest = (rois, None, pooling_of([0.25], (2, 2), 2, False, torch.float32))
     engine.forward(out, [feature], *rest)
     reference.forward(expected, [feature], *rest)
     assert torch.equal(out.isnan(), expected.isnan())
@@ -157,7 +165,11 @@ def check_no_rois() -> None:
     features = pyramid([8, 16], image_size=SIZE)
     grads = [torch.full_like(f, torch.nan) for f in features]
     engine.backward(
-        grads, torch.empty(0, 4, 2, 2), torch.empty(0, 5), None, [0.125, 0.0625], 2, False, 28.0, 4
+        grads,
+        torch.empty(0, 4, 2, 2),
+        torch.empty(0, 5),
+        None,
+        pooling_of([0.125, 0.0625], (2, 2), 2, False, torch.float32),
     )
     assert all((g == 0).all() for g in grads)
 
@@ -173,7 +185,7 @@ def check_operators() -> None:
 
         def pool(*maps):
             return torch.ops.roialign.multiscale_roi_align(
-                maps, rois, None, 1, 2, [1 / 16, 1 / 32], 2, False, *CANONICAL
+                maps, rois, None, *pooling_of([1 / 16, 1 / 32], (1, 2), 2, False, torch.float64)
             )
 
         assert torch.autograd.gradcheck(pool, leaves)

@@ -10,8 +10,9 @@ import threading
 import pytest
 import torch
 
-from roialign import multiscale_roi_align, ops, reference, roi_align
-from roialign.testing import assert_within_budget, random_boxes
+from roialign import layout, multiscale_roi_align, ops, reference, roi_align
+from roialign.schema import Pooling
+from roialign.testing import assert_within_budget, pyramid, random_boxes
 
 numba = pytest.importorskip("numba")
 
@@ -91,22 +92,31 @@ def test_maps_of_several_dtypes_and_layouts_at_once(dtype, channels):
             assert_within_budget(actual, truth=exact, reference=expected)
 
 
-def test_many_boxes_go_in_slabs(monkeypatch):
-    feature = torch.rand(1, 16, 12, 12)
-    (boxes,) = random_boxes([500], image_size=(48, 48))
-    boxes[17] = torch.nan
-    whole = roi_align(feature, [boxes], 3, 0.25, 2)
-    monkeypatch.setattr(engine, "_SLAB_TAPS", 1000)
-    torch.testing.assert_close(roi_align(feature, [boxes], 3, 0.25, 2), whole, rtol=0, atol=0, equal_nan=True)
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("ratio", [2, 0])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tables_for_some_of_the_boxes_at_a_time_change_no_bit(monkeypatch, dtype, layout, ratio, given):
+    """Slabs in forward; in backward whole maps, and maps by parts whose rings are kept between the parts."""
+    maps = pyramid([4, 8], image_size=(48, 80), images=2, channels=70, dtype=dtype, layout=layout)
+    boxes = random_boxes([150, 90], image_size=(48, 80))
+    boxes[0][17] = torch.nan
+    levels = torch.arange(240) % 2 if given else None
 
+    def call():
+        leaves = [m.detach().requires_grad_() for m in maps]
+        pooled = multiscale_roi_align(
+            leaves, boxes, (3, 2), [1 / 4, 1 / 8], ratio, levels=levels, canonical_scale=40
+        )
+        grad = torch.linspace(-1, 1, pooled.numel()).view_as(pooled).to(dtype)
+        return pooled, *torch.autograd.grad(pooled, leaves, grad)
 
-def test_levels_given_go_in_slabs_too(monkeypatch):
-    maps = [torch.rand(1, 4, 12, 12), torch.rand(1, 4, 6, 6)]
-    boxes, levels = random_boxes([100], image_size=(48, 48)), torch.arange(100) % 2
-    whole = multiscale_roi_align(maps, boxes, 3, [1 / 4, 1 / 8], 2, levels=levels)
-    monkeypatch.setattr(engine, "_SLAB_TAPS", 500)
-    again = multiscale_roi_align(maps, boxes, 3, [1 / 4, 1 / 8], 2, levels=levels)
-    assert torch.equal(again, whole)
+    whole = call()
+    for room, slab, kept in ((2000, 2**16, 0), (1500, 50, 10**6), (1, 2**16, 10**5), (10**6, 100, 0)):
+        for name, value in (("_ROOM", room), ("_ROOM_TURNED", room), ("_SLAB", slab), ("_KEPT", kept)):
+            monkeypatch.setattr(engine, name, value)
+        for again, once in zip(call(), whole, strict=True):
+            torch.testing.assert_close(again, once, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("channels", [8, 64])
@@ -119,7 +129,7 @@ def test_the_number_of_threads_is_heeded_and_changes_nothing(channels, threads, 
     run = pool.run
     monkeypatch.setattr(pool, "_WORTH_A_THREAD", 1)
 
-    def spy(kernel, tasks, scratch_bytes, work, owned):
+    def spy(kernel, tasks, share, work, arena, owned):
         def noting(counter, memory):
             used.append(threading.get_ident())
             if used[-1] != caller:
@@ -129,7 +139,7 @@ def test_the_number_of_threads_is_heeded_and_changes_nothing(channels, threads, 
             kernel(counter, memory)
 
         helped.clear()
-        run(noting, tasks, scratch_bytes, work, owned)
+        run(noting, tasks, share, work, arena, owned)
 
     monkeypatch.setattr(pool, "run", spy)
     feature, boxes = torch.rand(2, channels, 64, 64), random_boxes([200, 200], image_size=(256, 256))
@@ -162,7 +172,7 @@ def test_a_kernel_that_fails_in_a_helper_is_heard_of(monkeypatch, request):
             raise RuntimeError("in a helper")
 
     with pytest.raises(RuntimeError, match="in a helper"):
-        pool.run(kernel, tasks=2, scratch_bytes=64, work=100)
+        pool.run(kernel, tasks=2, share=64, work=100, arena=memory.Arena())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
@@ -195,7 +205,7 @@ def test_large_results_lie_in_memory_that_is_used_again(dtype, channels_last):
     first = memory.empty(shape, dtype, torch.device("cpu"), channels_last)
     assert first.shape == shape
     assert first.dtype == dtype
-    assert ops.is_channels_last(first) == channels_last
+    assert layout.is_channels_last(first) == channels_last
     address, part = first.data_ptr(), first[3:5]
     del first
     gc.collect()
@@ -263,19 +273,21 @@ def test_a_full_disk_costs_time_only(monkeypatch, caplog):
     assert "No space left on device" in caplog.text
 
 
-def test_scratch_is_kept_and_grows():
-    def address(size, use="one"):
-        block = memory.scratch(use, size)
-        assert len(block) == size
-        return block.ctypes.data
-
-    first = address(1000)
-    assert first % 64 == 0
-    assert address(900) == first != address(900, "another")
-    large = address(10_000_000)
-    assert address(9_000_000) == large
-    assert len(memory.scratch("one", 20_000_000)) == 20_000_000
-    assert "one" not in memory._local.__dict__  # too much to keep
+def test_an_arena_is_no_other_calls_and_serves_again():
+    first, second = memory.Arena(), memory.Arena()
+    places = [arena.take(size) for arena in (first, second) for size in (1, 64, 1000)]
+    assert all(place % 64 == 0 for place in places)
+    assert len(set(places)) == 6
+    assert places[1] >= places[0] + 1
+    assert places[2] >= places[1] + 64
+    mark = first.mark()
+    again = first.take(100)
+    huge = first.array(2**28)  # more than there is in a block
+    assert len(huge) == 2**28
+    first.rewind(mark)
+    assert first.take(100) == again
+    first.give_back()
+    assert memory.Arena().take(1) == places[0]
 
 
 @pytest.mark.slow
@@ -295,7 +307,8 @@ def test_more_than_two_to_the_31_outputs():
         roi_align(leaf, [box.repeat(rois, 1)], 7, 0.25, 2), leaf, torch.ones_like(pooled)
     )
     weight = torch.empty_like(feature, dtype=torch.float64)
-    reference.backward([weight], torch.ones_like(pooled[:1]), torch.cat((torch.zeros(1, 1), box), 1),
-                       None, [0.25], 2, False, 224.0, 4.0)  # fmt: skip
+    pooling = Pooling((7, 7), [0.25], 2, False, (), (0,))
+    one = torch.cat((torch.zeros(1, 1), box), 1)
+    reference.backward([weight], torch.ones_like(pooled[:1]), one, None, pooling)
     # Sums of 172,000 equal terms in float32: their roundings need not cancel.
     torch.testing.assert_close(grad.double(), rois * weight, rtol=2e-2, atol=0)

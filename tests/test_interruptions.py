@@ -150,18 +150,19 @@ def kernel(counter, at):
 def call():
     owned = Owned()
     try:
-        threads.run(kernel, 2, 64, 100, owned)
+        threads.run(kernel, 2, 64, 100, arena, owned)
     except KeyboardInterrupt:
         return weakref.ref(owned)
     raise AssertionError("not interrupted")
 
-tables = memory.scratch("axis 1", 1000).ctypes.data
+arena = memory.Arena()
+tables = arena.take(1000)
 start = time.monotonic()
 owned = call()
 assert time.monotonic() - start < 30
 gc.collect()
 assert owned() is not None
-assert memory.scratch("axis 1", 1000).ctypes.data != tables  # which the helper may still read
+assert memory.Arena().take(1000) != tables  # which the helper may still read
 assert_right(both)
 go_on.set()
 for _ in range(100):
@@ -191,7 +192,7 @@ assert_right()
 
 def test_an_error_in_one_of_several_helpers_waits_for_the_others():
     program = """
-from roialign.cpu import threads
+from roialign.cpu import memory, threads
 share_every_call()
 torch.set_num_threads(3)
 caller, entered, slow = threading.get_ident(), threading.Semaphore(0), threading.Lock()
@@ -208,7 +209,7 @@ def kernel(counter, at):
     else:
         raise MemoryError("in a helper")
 try:
-    threads.run(kernel, 3, 64, 100)
+    threads.run(kernel, 3, 64, 100, memory.Arena())
 except MemoryError as error:
     assert str(error) == "in a helper"
 else:

@@ -124,14 +124,18 @@ def test_mapper_needs_an_ordered_range():
 def test_map_that_serves_a_level(map_levels, served):
     sides = torch.tensor([224 * 2.0 ** (level - 4) * 1.1 for level in range(9)])[:, None]
     boxes = torch.cat((torch.zeros(9, 2), sides.expand(-1, 2)), 1)
-    assert levels.assign_levels(boxes, map_levels, 224, 4).tolist() == served
+    assert (
+        levels.staircase([0.5**k for k in map_levels], 224, 4, torch.float32).levels(boxes).tolist() == served
+    )
 
 
 @pytest.mark.parametrize("canonical_level", [4, 3.5])
 def test_levels_of_shuffled_maps_are_the_shuffled_levels(canonical_level):
     boxes = random_boxes([200], image_size=(1000, 1000))[0]
-    in_order = levels.assign_levels(boxes, [2, 3, 4, 5], 224, canonical_level)
-    shuffled = levels.assign_levels(boxes, [4, 2, 5, 3], 224, canonical_level)
+    in_order, shuffled = (
+        levels.staircase([0.5**k for k in order], 224, canonical_level, torch.float32).levels(boxes)
+        for order in ([2, 3, 4, 5], [4, 2, 5, 3])
+    )
     assert torch.equal(torch.tensor([1, 3, 0, 2])[in_order], shuffled)
 
 

@@ -12,7 +12,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.export import Dim
 
 import roialign
-from roialign import ops
+from roialign import layout, ops
+from roialign.levels import staircase
 from roialign.rois import boxes_to_rois
 from roialign.testing import LAYOUTS, assert_within_budget, hostile_boxes, pyramid, random_boxes
 
@@ -30,7 +31,7 @@ def arguments(ratio=2, aligned=False, levels=None, boxes=BOXES, dtype=torch.floa
     features = pyramid(STRIDES, image_size=SIZE, images=2, channels=3, dtype=dtype, **options)
     working = torch.float64 if dtype == torch.float64 else torch.float32
     rois = boxes_to_rois(boxes, features[0], working)
-    return features, rois, levels, 3, 2, SCALES, ratio, aligned, 28.0, 4.0
+    return features, rois, levels, (3, 2), SCALES, max(ratio, 0), aligned, *staircase(SCALES, 28, 4, working)
 
 
 def in_double(args: tuple) -> tuple:
@@ -38,11 +39,20 @@ def in_double(args: tuple) -> tuple:
     return [f.double() for f in features], rois.double(), *rest
 
 
-def backward_arguments(features, rois, levels, height, width, *pooling) -> tuple:
-    grad = torch.randn(len(rois), features[0].shape[1], height, width, dtype=features[0].dtype)
+def backward_arguments(features, rois, levels, output_size, *pooling) -> tuple:
+    grad = torch.randn(len(rois), features[0].shape[1], *output_size, dtype=features[0].dtype)
     shape = [*features[0].shape[:2], *(side for f in features for side in f.shape[2:])]
     dtypes = [ops.DTYPES.index(f.dtype) for f in features]
-    return grad, rois, levels, shape, dtypes, [ops.is_channels_last(f) for f in features], *pooling
+    return (
+        grad,
+        rois,
+        levels,
+        shape,
+        dtypes,
+        [layout.is_channels_last(f) for f in features],
+        output_size,
+        *pooling,
+    )
 
 
 RATIOS = [1, 2, 4, 5, -1]  # one sum, and a loop over blocks of points

@@ -10,8 +10,10 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import roialign
-from roialign import ops, reference
+from roialign import layout, ops, reference
+from roialign.levels import staircase
 from roialign.rois import boxes_to_rois
+from roialign.schema import Pooling
 from roialign.testing import LAYOUTS, pyramid, random_boxes
 
 pytestmark = pytest.mark.usefixtures("engine")
@@ -20,8 +22,9 @@ SIZE = (64, 80)
 STRIDES = [4, 8, 16]
 SCALES = [1 / s for s in STRIDES]
 ROIS = boxes_to_rois(random_boxes([6, 4], image_size=SIZE), torch.empty(0), torch.float32)
-CANONICAL = (28.0, 4.0)  # small images: let boxes reach every level
-POOLING = (SCALES, 2, False, *CANONICAL)
+STEPS = staircase(SCALES, 28, 4, torch.float32)  # small images: let boxes reach every level
+DOUBLE_STEPS = staircase(SCALES, 28, 4, torch.float64)
+POOLING = (SCALES, 2, False, *STEPS)
 
 forward_op = torch.ops.roialign.multiscale_roi_align
 backward_op = torch.ops.roialign.multiscale_roi_align_backward
@@ -35,25 +38,25 @@ def cases() -> dict[str, tuple]:
     """Arguments of the forward operator."""
     doubles = maps(dtype=torch.float64)
     return {
-        "contiguous": (maps(), ROIS, None, 3, 2, *POOLING),
-        "channels_last": (maps(layout="channels_last"), ROIS, None, 3, 2, *POOLING),
-        "mixed": (maps(layout=["contiguous", "channels_last", "sliced"]), ROIS, None, 3, 2, *POOLING),
-        "float64, adaptive, aligned": (doubles, ROIS.double(), None, 2, 3, SCALES, -1, True, *CANONICAL),
-        "bfloat16": (maps(dtype=torch.bfloat16), ROIS, None, 2, 2, *POOLING),
-        "levels": (maps(), ROIS, torch.arange(10) % 3, 2, 2, *POOLING),
-        "no boxes": (maps(), ROIS[:0], None, 2, 2, *POOLING),
-        "one map": (maps()[:1], ROIS, None, 1, 1, SCALES[:1], 1, False, *CANONICAL),
-        "gradients": ([f.requires_grad_() for f in maps()], ROIS, None, 3, 2, *POOLING),
+        "contiguous": (maps(), ROIS, None, (3, 2), *POOLING),
+        "channels_last": (maps(layout="channels_last"), ROIS, None, (3, 2), *POOLING),
+        "mixed": (maps(layout=["contiguous", "channels_last", "sliced"]), ROIS, None, (3, 2), *POOLING),
+        "float64, adaptive, aligned": (doubles, ROIS.double(), None, (2, 3), SCALES, 0, True, *DOUBLE_STEPS),
+        "bfloat16": (maps(dtype=torch.bfloat16), ROIS, None, (2, 2), *POOLING),
+        "levels": (maps(), ROIS, torch.arange(10) % 3, (2, 2), *POOLING),
+        "no boxes": (maps(), ROIS[:0], None, (2, 2), *POOLING),
+        "one map": (maps()[:1], ROIS, None, (1, 1), SCALES[:1], 1, False, (), (0,)),
+        "gradients": ([f.requires_grad_() for f in maps()], ROIS, None, (3, 2), *POOLING),
     }
 
 
-def backward_case(features, rois, levels, height, width, *pooling) -> tuple:
+def backward_case(features, rois, levels, output_size, *pooling) -> tuple:
     """Arguments of the backward operator that belong to those of the forward."""
-    grad = torch.randn(len(rois), features[0].shape[1], height, width, dtype=features[0].dtype)
+    grad = torch.randn(len(rois), features[0].shape[1], *output_size, dtype=features[0].dtype)
     shape = [*features[0].shape[:2], *(side for f in features for side in f.shape[2:])]
     dtypes = [ops.DTYPES.index(f.dtype) for f in features]
-    channels_last = [ops.is_channels_last(f) for f in features]
-    return grad, rois, levels, shape, dtypes, channels_last, *pooling
+    channels_last = [layout.is_channels_last(f) for f in features]
+    return grad, rois, levels, shape, dtypes, channels_last, output_size, *pooling
 
 
 # contracts
@@ -194,14 +197,18 @@ def test_no_feature_map_is_saved_for_backward():
 # engines
 
 
+def pooling(ratio=2) -> Pooling:
+    return Pooling((3, 2), SCALES, ratio, False, *STEPS)
+
+
 def engine_case(layout, ratio, levels):
     features = maps(layout=layout, channels=18)
-    return features, ROIS, levels, SCALES, ratio, False, *CANONICAL
+    return features, ROIS, levels, pooling(ratio)
 
 
 @pytest.mark.parametrize("garbage", [torch.nan, 7.0])
 @pytest.mark.parametrize("levels", [None, torch.arange(10) % 3], ids=["eq. 1", "given"])
-@pytest.mark.parametrize("ratio", [2, -1])
+@pytest.mark.parametrize("ratio", [2, 0])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_element_of_the_output_is_written(dtype, layout, ratio, levels, garbage):
@@ -219,7 +226,7 @@ def test_every_element_of_the_output_is_written(dtype, layout, ratio, levels, ga
 
 
 @pytest.mark.parametrize("rois", [ROIS, ROIS[:1], ROIS[:0]], ids=len)
-@pytest.mark.parametrize("ratio", [2, -1])
+@pytest.mark.parametrize("ratio", [2, 0])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_element_of_the_gradient_is_written(dtype, memory_format, ratio, rois):
@@ -229,7 +236,7 @@ def test_every_element_of_the_gradient_is_written(dtype, memory_format, ratio, r
         grads = [
             torch.full_like(f, value, dtype=dtype, memory_format=memory_format) for f in maps(channels=18)
         ]
-        ops.engine("cpu").backward(grads, grad, rois, None, SCALES, ratio, False, *CANONICAL)
+        ops.engine("cpu").backward(grads, grad, rois, None, pooling(ratio))
         results.append(grads)
     for clean, *dirty in zip(*results, strict=True):
         assert all(torch.equal(clean, d) for d in dirty)
@@ -241,7 +248,7 @@ def test_gradient_of_the_output_may_have_any_layout(layout):
     results = []
     for g in (grad, grad.contiguous()):
         grads = [torch.empty_like(f) for f in maps(channels=18)]
-        ops.engine("cpu").backward(grads, g, ROIS, None, SCALES, 2, False, *CANONICAL)
+        ops.engine("cpu").backward(grads, g, ROIS, None, pooling())
         results.append(grads)
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
@@ -295,8 +302,10 @@ def test_offsets_beyond_31_bits():
 MEMORY_PROGRAM = """
 import sys, torch
 from roialign import ops, reference
-from roialign.testing import pyramid, random_boxes
+from roialign.levels import staircase
 from roialign.rois import boxes_to_rois
+from roialign.schema import Pooling
+from roialign.testing import pyramid, random_boxes
 
 def kilobytes(field):
     with open("/proc/self/status") as status:
@@ -308,14 +317,15 @@ ratio, count = map(int, sys.argv[2:])
 size, strides = (800, 1024), [4, 8, 16, 32]
 features = pyramid(strides, image_size=size, channels=8)
 rois = boxes_to_rois(random_boxes([count], image_size=size), features[0], torch.float32)
-pooling = [1 / s for s in strides], ratio, False, 224.0, 4.0
+scales = [1 / s for s in strides]
+pooling = Pooling((3, 3), scales, ratio, False, *staircase(scales, 224, 4, torch.float32))
 out = torch.zeros(count, 8, 3, 3)
 grads = [torch.zeros_like(f) for f in features]
 engine = ops.engine("cpu")
 
 def run(rois, out):
-    engine.forward(out, features, rois, None, *pooling)
-    engine.backward(grads, out, rois, None, *pooling)
+    engine.forward(out, features, rois, None, pooling)
+    engine.backward(grads, out, rois, None, pooling)
 
 run(rois[:20], out[:20])  # compiled or read from disk
 before = kilobytes("VmRSS")
@@ -327,11 +337,11 @@ print(kilobytes("VmHWM") - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize(("ratio", "count"), [(2, 20_000), (-1, 500)])
+@pytest.mark.parametrize(("ratio", "count"), [(2, 20_000), (0, 500)])
 def test_scratch_does_not_grow_with_the_boxes(engine, ratio, count):
     command = [sys.executable, "-c", MEMORY_PROGRAM, engine, str(ratio), str(count)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if "clear_refs" in done.stderr:
         pytest.skip("/proc/self/clear_refs cannot be written")
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 256 * 1024
+    assert int(done.stdout) < (64 if engine == "default" else 256) * 1024

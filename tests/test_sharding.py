@@ -10,6 +10,7 @@ from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 import roialign
+from roialign.levels import staircase
 from roialign.testing import pyramid, random_boxes
 
 SIZE = (64, 80)
@@ -90,7 +91,7 @@ def shard(rank: int, rendezvous: str) -> None:
     whole = Shard(1), Replicate(), Shard(1), Shard(1)
     boxes_apart = Replicate(), Shard(0), Shard(0), Partial()
     together = Replicate(), Replicate(), Replicate(), Replicate()
-    pooling = (2, 3, SCALES, 2, False, 28.0, 4.0)
+    pooling = ((2, 3), SCALES, 2, False, *staircase(SCALES, 28, 4, torch.float32))
     operator = torch.ops.roialign.multiscale_roi_align
     for given in (None, levels):
         leaves = [f.clone().requires_grad_() for f in maps]

@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .levels import infer_scales
-from .ops import DTYPES
+from . import ops as ops  # which the operators come with
+from . import schema
+from .levels import infer_scales, staircase
 from .rois import boxes_to_rois, working_dtype
+from .schema import DTYPES, Pooling
 
 LevelMap = Callable[[list[Tensor]], Tensor]
 
@@ -160,23 +162,15 @@ def _pool(
     canonical_scale: float,
     canonical_level: float,
 ) -> Tensor:
-    pooled_height, pooled_width = check_output_size(output_size)
+    size = check_output_size(output_size)
     if levels is not None:
         levels = _check_levels(levels, rois)
     if not canonical_scale > 0:
         raise ValueError(f"canonical_scale must be positive, got {canonical_scale}")
-    pooled: Tensor = torch.ops.roialign.multiscale_roi_align(
-        features,
-        rois,
-        levels,
-        pooled_height,
-        pooled_width,
-        _check_scales("scales", scales, len(features)),
-        sampling_ratio,
-        aligned,
-        canonical_scale,
-        canonical_level,
-    )
+    scales = _check_scales("scales", scales, len(features))
+    steps = staircase(scales, canonical_scale, canonical_level, rois.dtype)
+    pooling = Pooling(size, scales, max(sampling_ratio, 0), aligned, *steps)
+    pooled: Tensor = schema.pool(features, rois, levels, *pooling)
     return pooled
 
 

@@ -1,9 +1,10 @@
 """Which map of the pyramid serves which box: scales from shapes, and FPN's equation 1."""
 
 import functools
-import itertools
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,85 +41,109 @@ def _log2_ratio(image: int, cells: int) -> int:
     return k
 
 
-def serving_steps(map_levels: Sequence[int]) -> tuple[int, list[tuple[int, int]]]:
-    """The pyramid as a staircase from the wanted level to the index of the map that serves it.
+class Staircase(NamedTuple):
+    """Which map serves a box, by its area alone: what equation 1 comes to for one pyramid.
 
-    Returns the index of the finest map and, from fine to coarse, steps `(level, delta)`: a box
-    that wants more than `level` moves on by `delta`. So a missing level is served by the next
-    coarser map, anything beyond the coarsest by the coarsest, and of two maps of one level the
-    first serves. A NaN (a box with `w*h < 0`) is more than nothing and stays at the finest.
+    A box is served by map `order[n]`, n being the number of `thresholds` that its area reaches. A NaN
+    reaches none.
     """
-    first = {level: map_levels.index(level) for level in sorted(set(map_levels))}
-    order = list(first)
-    steps = [(a, first[b] - first[a]) for a, b in itertools.pairwise(order)]
-    return first[order[0]], steps
+
+    thresholds: tuple[float, ...] = ()  # areas in square pixels of the image, ascending
+    order: tuple[int, ...] = (0,)  # indices of maps, from the finest to the coarsest; one more
+
+    def levels(self, boxes: Tensor) -> Tensor:
+        """`(K, 4)` boxes -> `(K,)` int64: the index of the map of each."""
+        x1, y1, x2, y2 = boxes.unbind(1)
+        area = (x2 - x1) * (y2 - y1)
+        index = torch.full_like(area, self.order[0], dtype=torch.int64)
+        for threshold, finer, coarser in self.steps():
+            index = index + (area >= threshold) * (coarser - finer)
+        return index
+
+    def steps(self) -> Iterator[tuple[float, int, int]]:
+        """Each threshold with the maps below and above it."""
+        return zip(self.thresholds, self.order[:-1], self.order[1:], strict=True)
 
 
-def assign_levels(
-    boxes: Tensor,  # (K, 4)
-    map_levels: Sequence[int],
-    canonical_scale: float,
-    canonical_level: float,
-    eps: float = EPS,
-) -> Tensor:  # (K,) int64
-    """Equation 1 of FPN (arXiv:1612.03144): the index, among the maps, of each box's map.
+def staircase(
+    scales: Sequence[float], canonical_scale: float, canonical_level: float, dtype: torch.dtype
+) -> Staircase:
+    """Equation 1 for the maps of these scales.
 
-    The order of the operations is torchvision's, so that sizes of exactly `canonical_scale * 2^k`
-    fall on the same side of the boundary.
+    A missing level is served by the next coarser map, anything beyond the coarsest by the coarsest, and of
+    two maps of one level the first serves. The thresholds are the least areas, of all floats of `dtype`,
+    for which PyTorch's operators step up: so there is no logarithm, and every engine agrees to the last bit.
 
     Args:
-        boxes: `(x1, y1, x2, y2)` in pixels of the image.
-        map_levels: the pyramid level of each map, `round(log2(stride))`, in the maps' order.
+        scales: cells of each map per pixel of the image.
         canonical_scale: the side, in pixels, of the square box that belongs to `canonical_level`.
         canonical_level: k0 in the equation.
-        eps: added to the level before it is rounded down.
+        dtype: in which boxes are carried.
     """
-    x1, y1, x2, y2 = boxes.unbind(1)
-    size = torch.sqrt((x2 - x1) * (y2 - y1))
-    wanted = wanted_level(size / canonical_scale, canonical_level, eps)
-    finest, steps = serving_steps(map_levels)
-    index = torch.full_like(wanted, finest, dtype=torch.int64)
-    for level, delta in steps:
-        index = index + (wanted > level) * delta
-    return index
+    if len(scales) == 1:
+        return Staircase()
+    numbers = (*scales, canonical_scale, canonical_level)
+    if torch.compiler.is_dynamo_compiling():
+        # A float that varied between calls is a symbol there; as text it is a constant.
+        numbers = tuple(float(f"{number}") for number in numbers)
+    return _constant_staircase(numbers, dtype)
 
 
-def wanted_level(ratio: Tensor, canonical_level: float, eps: float = EPS) -> Tensor:
-    """Equation 1 itself, of `size / canonical_scale`: a whole number, minus infinity, or NaN."""
-    return torch.floor(canonical_level + torch.log2(ratio) + eps)
+def _constant_staircase(numbers: tuple[float, ...], dtype: torch.dtype) -> Staircase:
+    return _staircase(numbers, dtype)
+
+
+# What `torch.compiler.assume_constant_result` does, without its import of the compiler.
+_constant_staircase._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(256)
+def _staircase(numbers: tuple[float, ...], dtype: torch.dtype) -> Staircase:
+    *scales, canonical_scale, canonical_level = numbers
+    map_levels = map_levels_of(scales)
+    first = {level: map_levels.index(level) for level in sorted(set(map_levels))}
+    thresholds: list[float] = []
+
+    def find_thresholds() -> None:
+        for_all = (canonical_scale, canonical_level, dtype)
+        thresholds.extend(_least_area_above(level, *for_all) for level in list(first)[:-1])
+
+    # In a thread of its own, for there no mode is active that would make these few numbers symbols, nodes
+    # of a graph, or tensors of another device.
+    thread = threading.Thread(target=find_thresholds)
+    thread.start()
+    thread.join()
+    return Staircase(tuple(thresholds), tuple(first.values()))
+
+
+def _least_area_above(
+    level: int, canonical_scale: float, canonical_level: float, dtype: torch.dtype
+) -> float:
+    """The least area of a box that wants more than `level`, by bisection over the bits."""
+    integers = torch.int32 if dtype == torch.float32 else torch.int64
+    at_most, above = 0, int(torch.tensor(math.inf, dtype=dtype).view(integers))
+    while at_most < above:
+        middle = (at_most + above) // 2
+        area = torch.tensor([middle], dtype=integers).view(dtype)
+        if _wanted_level(area, canonical_scale, canonical_level) > level:
+            above = middle
+        else:
+            at_most = middle + 1
+    return torch.tensor([above], dtype=integers).view(dtype).item()
+
+
+def _wanted_level(area: Tensor, canonical_scale: float, canonical_level: float, eps: float = EPS) -> Tensor:
+    """Equation 1 of FPN (arXiv:1612.03144): a whole number, minus infinity, or NaN.
+
+    The order of the operations is torchvision's, so that sizes of exactly `canonical_scale * 2^k` fall on
+    the same side of the boundary.
+    """
+    return torch.floor(canonical_level + torch.log2(torch.sqrt(area) / canonical_scale) + eps)
 
 
 def map_levels_of(scales: Sequence[float]) -> list[int]:
     """The pyramid level of each map, `round(log2(stride))`."""
     return [round(-math.log2(scale)) for scale in scales]
-
-
-@functools.lru_cache(256)
-def staircase(
-    scales: tuple[float, ...], canonical_level: float, dtype: torch.dtype
-) -> tuple[int, tuple[tuple[float, int], ...]]:
-    """Equation 1 without a logarithm, for engines: the finest map and steps `(ratio, delta)`.
-
-    From fine to coarse, a box whose `size / canonical_scale` reaches `ratio` moves on by `delta`. The
-    thresholds are where PyTorch's own operators step up, so engines agree with `assign_levels` to the
-    last bit.
-    """
-    finest, steps = serving_steps(map_levels_of(scales))
-    return finest, tuple((_first_above(level, canonical_level, dtype), delta) for level, delta in steps)
-
-
-def _first_above(level: int, canonical_level: float, dtype: torch.dtype) -> float:
-    """The smallest ratio whose wanted level exceeds `level`, by bisection over the bits."""
-    integers = torch.int32 if dtype == torch.float32 else torch.int64
-    at_most, above = 0, int(torch.tensor(math.inf, dtype=dtype).view(integers))
-    while at_most < above:
-        middle = (at_most + above) // 2
-        ratio = torch.tensor([middle], dtype=integers).view(dtype)
-        if wanted_level(ratio, canonical_level) > level:
-            above = middle
-        else:
-            at_most = middle + 1
-    return torch.tensor([above], dtype=integers).view(dtype).item()
 
 
 class LevelMapper:
@@ -165,9 +190,10 @@ class LevelMapper:
         Returns:
             `(K,)` int64: the level of each box of all lists, counted from `k_min`.
         """
-        boxes = torch.cat([_at_least_float32(b) for b in boxlists])
-        levels = range(self.k_min, self.k_max + 1)
-        return assign_levels(boxes, levels, self.s0, self.lvl0, self.eps)
+        x1, y1, x2, y2 = torch.cat([_at_least_float32(b) for b in boxlists]).unbind(1)
+        wanted = _wanted_level((x2 - x1) * (y2 - y1), self.s0, self.lvl0, self.eps)
+        # A NaN, of a box that is turned inside out along one axis, stays at the finest.
+        return wanted.nan_to_num(self.k_min).clamp(self.k_min, self.k_max).long() - self.k_min
 
 
 def _at_least_float32(boxes: Tensor) -> Tensor:

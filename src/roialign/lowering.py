@@ -18,8 +18,10 @@ import torch
 import torch._higher_order_ops.while_loop  # puts it into torch.ops
 from torch import Tensor
 
-from .levels import assign_levels, map_levels_of
-from .ops import DTYPES, is_channels_last
+from . import schema
+from .layout import is_channels_last
+from .schema import DTYPES, Maps, Pooling
+from .taps import Points, lay_points, taps_of
 
 _ONE_SUM = 4  # a fixed grid of up to so many points per axis is one sum
 _BLOCK = 2  # of a larger grid, points per axis in each turn of the loop
@@ -27,57 +29,29 @@ _BLOCK = 2  # of a larger grid, points per axis in each turn of the loop
 aten = torch.ops.aten
 
 
-class Axis(NamedTuple):
-    """The sampling points of every bin along one axis of its map. Floats: a grid may exceed any integer."""
-
-    bin_start: Tensor  # (K, bins) in cells of the map
-    bin_size: Tensor  # (K, 1)
-    grid: Tensor  # (K, 1) points per bin
-    first: Tensor  # (K, bins) of them, the first that may meet the map
-    number: Tensor  # (K, bins) and how many may
-    extent: Tensor  # (K, 1) of the map, in cells, at least 1
-
-
 class Layout(NamedTuple):
     """Where every RoI lies."""
 
-    ys: Axis
-    xs: Axis
+    ys: Points
+    xs: Points
     first_row: Tensor  # (K,) int64, row of the table where the image of the RoI begins
-    row_length: Tensor  # (K,) int64, cells in a row of its map
     poolable: Tensor  # (K,) bool: finite box, existing image and level
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """The operators of this package, each with its form in plain ATen."""
-    return {
-        torch.ops.roialign.multiscale_roi_align.default: forward,
-        torch.ops.roialign.multiscale_roi_align_backward.default: backward,
-    }
+    return {schema.pool: forward, schema.scatter: backward}
 
 
-def forward(
-    features: Sequence[Tensor],
-    rois: Tensor,
-    levels: Tensor | None,
-    pooled_height: int,
-    pooled_width: int,
-    scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_scale: float,
-    canonical_level: float,
-) -> Tensor:
+def forward(features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, *rest: Any) -> Tensor:
     """The operator `roialign::multiscale_roi_align`.
 
     An image or a level that does not exist gives NaN on every device: a graph cannot raise.
     """
+    pooling = Pooling(*rest)
     first = features[0]
     images, channels = first.shape[:2]
-    sizes = [(f.shape[2], f.shape[3]) for f in features]
-    pooled = (pooled_height, pooled_width)
-    level = _level(rois, levels, scales, canonical_scale, canonical_level)
-    layout = _lay_out(rois, level, images, sizes, pooled, scales, sampling_ratio, aligned)
+    layout = _lay_out(rois, levels, images, [(f.shape[2], f.shape[3]) for f in features], pooling)
     # Carried in the working precision: embedding_bag would round the weights to the precision of its table.
     cells = [f.movedim(1, 3).reshape(-1, channels).to(rois.dtype) for f in features]
     table = torch.cat([rois.new_zeros((1, channels)), *cells])  # the first row is for points off the map
@@ -89,33 +63,20 @@ def forward(
         total: Tensor = bag(table, row.flatten(), start, False, 0, False, weight.flatten())[0]
         return total
 
-    bins = rois.shape[0] * pooled_height * pooled_width
-    total = _over_points(pool, layout, table, (bins, channels), sampling_ratio)
-    total = total.view(rois.shape[0], *pooled, channels)
+    height, width = pooling.output_size
+    bins = rois.shape[0] * height * width
+    total = _over_points(pool, layout, table, (bins, channels), pooling.sampling_ratio)
+    total = total.view(rois.shape[0], height, width, channels)
     return _in_memory_format(total.to(first.dtype).movedim(3, 1), is_channels_last(first))
 
 
-def backward(
-    grad: Tensor,
-    rois: Tensor,
-    levels: Tensor | None,
-    shape: Sequence[int],
-    dtypes: Sequence[int],
-    channels_last: Sequence[bool],
-    scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_scale: float,
-    canonical_level: float,
-) -> list[Tensor]:
+def backward(grad: Tensor, rois: Tensor, levels: Tensor | None, *rest: Any) -> list[Tensor]:
     """The operator `roialign::multiscale_roi_align_backward`, with the same bits every time."""
-    images, channels, *sides = shape
-    sizes = list(zip(sides[::2], sides[1::2], strict=True))
-    pooled = (grad.shape[2], grad.shape[3])
-    level = _level(rois, levels, scales, canonical_scale, canonical_level)
-    layout = _lay_out(rois, level, images, sizes, pooled, scales, sampling_ratio, aligned)
+    maps, pooling = Maps(*rest[:3]), Pooling(*rest[3:])
+    images, channels = maps.shape[:2]
+    layout = _lay_out(rois, levels, images, maps.sizes, pooling)
     share = grad.movedim(1, 3).reshape(-1, channels).to(rois.dtype)
-    rows = [images * height * width for height, width in sizes]
+    rows = [images * height * width for height, width in maps.sizes]
 
     def scatter(row: Tensor, weight: Tensor, share: Tensor) -> Tensor:
         bins, taps = row.shape
@@ -125,11 +86,11 @@ def backward(
         total: Tensor = aten._embedding_bag_dense_backward.default(*args)
         return total
 
-    total = _over_points(scatter, layout, share, (1 + sum(rows), channels), sampling_ratio)
+    total = _over_points(scatter, layout, share, (1 + sum(rows), channels), pooling.sampling_ratio)
     _off_the_map, *parts = torch.split(total, [1, *rows])
     return [
         _in_memory_format(part.view(images, *size, channels).to(DTYPES[dtype]).movedim(3, 1), last)
-        for part, size, dtype, last in zip(parts, sizes, dtypes, channels_last, strict=True)
+        for part, size, dtype, last in zip(parts, maps.sizes, maps.dtypes, maps.channels_last, strict=True)
     ]
 
 
@@ -139,47 +100,30 @@ def _in_memory_format(t: Tensor, channels_last: bool) -> Tensor:
     return t.clone(memory_format=memory_format)
 
 
-def _level(
-    rois: Tensor,
-    levels: Tensor | None,
-    scales: Sequence[float],
-    canonical_scale: float,
-    canonical_level: float,
-) -> Tensor:
-    if levels is not None:
-        return levels
-    return assign_levels(rois[:, 1:], map_levels_of(scales), canonical_scale, canonical_level)
-
-
 def _lay_out(
-    rois: Tensor,
-    level: Tensor,
-    images: int,
-    sizes: Sequence[tuple[int, int]],
-    pooled: tuple[int, int],
-    scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
+    rois: Tensor, level: Tensor | None, images: int, sizes: Sequence[tuple[int, int]], pooling: Pooling
 ) -> Layout:
     """Lay each RoI on the map of its level."""
+    if level is None:
+        level = pooling.staircase.levels(rois[:, 1:])
     heights, widths = ([size[axis] for size in sizes] for axis in (0, 1))
     rows = [images * height * width for height, width in sizes]
     # Of 1 cell where there is none: such a map has no RoIs that count, but 0 - 1 is no index.
     height, width = (_of_level(level, extents).clamp(min=1) for extents in (heights, widths))
     start = _of_level(level, [1 + sum(rows[:i]) for i in range(len(rows))])
     image = rois[:, 0]
-    corners = rois[:, 1:] * _of_level(level, scales, rois.dtype)[:, None]
+    corners = rois[:, 1:] * _of_level(level, pooling.scales, rois.dtype)[:, None]
     finite = corners.isfinite().all(1) & (corners[:, 2:] - corners[:, :2]).isfinite().all(1)
     exists = (image.trunc() >= 0) & (image < images) & (level >= 0) & (level < len(sizes))
     poolable = finite & exists
     # The others get some place on some map, which _taps replaces.
     x1, y1, x2, y2 = torch.where(poolable[:, None], corners, 0.0).unbind(1)
     image = torch.where(poolable, image, 0.0).long()
+    (pooled_height, pooled_width), ratio = pooling.output_size, pooling.sampling_ratio
     return Layout(
-        _axis(y1, y2, pooled[0], height, sampling_ratio, aligned),
-        _axis(x1, x2, pooled[1], width, sampling_ratio, aligned),
+        lay_points(y1, y2, pooled_height, height, ratio, pooling.aligned),
+        lay_points(x1, x2, pooled_width, width, ratio, pooling.aligned),
         start + image * height * width,
-        width,
         poolable,
     )
 
@@ -192,49 +136,12 @@ def _of_level(level: Tensor, values: Sequence[float], dtype: torch.dtype = torch
     return chosen
 
 
-def _axis(low: Tensor, high: Tensor, bins: int, cells: Tensor, sampling_ratio: int, aligned: bool) -> Axis:
-    """As `reference._to_map` and `reference._visits`, with an extent for each RoI."""
-    offset = 0.5 if aligned else 0.0
-    start = low - offset
-    size = high - offset - start
-    bin_size = ((size if aligned else size.clamp(min=1.0)) / bins)[:, None]
-    bin_start = start[:, None] + torch.arange(bins, device=low.device) * bin_size
-    extent = cells[:, None].to(low.dtype)
-    if sampling_ratio > 0:
-        grid = torch.full_like(bin_size, sampling_ratio)
-        first, number = torch.zeros_like(bin_start), torch.full_like(bin_start, sampling_ratio)
-        return Axis(bin_start, bin_size, grid, first, number, extent)
-    grid = bin_size.ceil().clamp(min=0)  # an aligned box may be inside out: no points
-    step = torch.where(grid > 0, bin_size / grid, 1.0)
-    # One point more on either side, because the division rounds; _points looks at each.
-    first = torch.minimum((((-1 - bin_start) / step - 0.5).floor() - 1).clamp(min=0), grid)
-    last = torch.minimum(((extent - bin_start) / step - 0.5).ceil() + 1, grid - 1)
-    return Axis(bin_start, bin_size, grid, first, (last - first + 1).clamp(min=0), extent)
-
-
-def _points(axis: Axis, start: Tensor | int, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sampling points `start ..`, from the first that may meet the map: cell, weight and whether it does.
-
-    Each `(K, bins, 2 * side)`: the cells below the points, then those above them.
-    """
-    bin_start, bin_size, grid, first, number, extent = (field[..., None] for field in axis)
-    grid = grid.clamp(min=1)
-    run = torch.arange(side, device=number.device) + start
-    point = bin_start + (first + run + 0.5) * bin_size / grid
-    touched = (run < number) & (point >= -1) & (point <= extent)
-    point = torch.minimum(torch.where(touched, point, 0.0).clamp(min=0.0), extent - 1)
-    low = point.floor()
-    high = torch.minimum(low + 1, extent - 1)
-    share = point - low  # 0 on the last cell, which then repeats
-    weight = torch.cat((1 - share, share), 2) / grid
-    return torch.cat((low, high), 2).long(), weight, torch.cat((touched, touched), 2)
-
-
 def _taps(layout: Layout, start_y: Tensor | int, start_x: Tensor | int, side: int) -> tuple[Tensor, Tensor]:
     """Rows of the table and their weights, for a block of points of each bin: `(K * PH * PW, taps)`."""
-    y, y_weight, y_touched = (t[:, :, None, :, None] for t in _points(layout.ys, start_y, side))
-    x, x_weight, x_touched = (t[:, None, :, None, :] for t in _points(layout.xs, start_x, side))
-    first_row, row_length, poolable = (t[:, None, None, None, None] for t in layout[2:])
+    y, y_weight, y_touched = (t[:, :, None, :, None] for t in taps_of(layout.ys, start_y, side))
+    x, x_weight, x_touched = (t[:, None, :, None, :] for t in taps_of(layout.xs, start_x, side))
+    first_row, poolable = (t[:, None, None, None, None] for t in layout[2:])
+    row_length = layout.xs.extent[:, :, None, None, None]
     counts = y_touched & x_touched & poolable
     row = torch.where(counts, first_row + y * row_length + x, 0)
     # A RoI that cannot be pooled weighs the row of zeros with NaN.
@@ -254,7 +161,7 @@ def _over_points(
     if 0 < sampling_ratio <= _ONE_SUM:
         return add(*_taps(layout, 0, 0, sampling_ratio), values)
 
-    def blocks(axis: Axis) -> Tensor:
+    def blocks(axis: Points) -> Tensor:
         """At least 1, also when there is no RoI.
 
         AOTInductor takes the memory of what a loop starts from for something else after the loop, even
@@ -267,7 +174,7 @@ def _over_points(
     wide = blocks(layout.xs)
     turns = blocks(layout.ys) * wide
     fields = (*layout.ys, *layout.xs, *layout[2:])
-    axes = len(Axis._fields)
+    axes = len(Points._fields)
 
     def unfinished(turn: Tensor, total: Tensor, turns: Tensor, *_rest: Tensor) -> Tensor:
         return turn < turns
@@ -275,7 +182,7 @@ def _over_points(
     def step(
         turn: Tensor, total: Tensor, turns: Tensor, wide: Tensor, values: Tensor, *fields: Tensor
     ) -> tuple[Tensor, Tensor]:
-        layout = Layout(Axis(*fields[:axes]), Axis(*fields[axes : 2 * axes]), *fields[2 * axes :])
+        layout = Layout(Points(*fields[:axes]), Points(*fields[axes : 2 * axes]), *fields[2 * axes :])
         taps = _taps(layout, turn // wide * _BLOCK, turn % wide * _BLOCK, _BLOCK)
         return turn + 1, total + add(*taps, values)
 

@@ -8,10 +8,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from onnxscript import ir, opset18
 
-from .levels import map_levels_of, serving_steps, wanted_level
+from . import schema
+from .schema import Pooling
 
 op: Any = opset18  # its types are those of values, and here are symbols
 _INT32, _INT64 = ir.DataType.INT32, ir.DataType.INT64
@@ -24,36 +24,27 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         A table for `torch.onnx.export`: `custom_translation_table=roialign.onnx.translation_table()`,
         together with `dynamo=True`. A box that names an image or a level that does not exist gives NaN.
     """
-    return {torch.ops.roialign.multiscale_roi_align.default: _multiscale_roi_align}
+    return {schema.pool: _multiscale_roi_align}
 
 
-def _multiscale_roi_align(
-    features: Sequence[Any],
-    rois: Any,
-    levels: Any,
-    pooled_height: int,
-    pooled_width: int,
-    scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_scale: float,
-    canonical_level: float,
-) -> Any:
+def _multiscale_roi_align(features: Sequence[Any], rois: Any, levels: Any, *rest: Any) -> Any:
+    pooling = Pooling(*rest)
+    height, width = pooling.output_size
     working = rois.dtype
     image = _column(rois, 0)
     boxes = op.Slice(rois, [1], [5], [1])
     if levels is None:
-        levels = _assign_levels(boxes, scales, canonical_scale, canonical_level, working)
+        levels = _levels(boxes, pooling, working)
     images = op.Cast(op.Shape(features[0], start=0, end=1), to=working)
     exists = op.And(op.Greater(image, _number(-1, working)), op.Less(image, images))
     shape = op.Concat(
         op.Shape(rois, start=0, end=1),
         op.Shape(features[0], start=1, end=2),
-        op.Constant(value_ints=[pooled_height, pooled_width]),
+        op.Constant(value_ints=[height, width]),
         axis=0,
     )
     out = op.Expand(_number(math.nan, working), shape)
-    for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
+    for level, (feature, scale) in enumerate(zip(features, pooling.scales, strict=True)):
         served = op.And(
             op.Equal(levels, _number(level, _INT64)), op.And(exists, _finite(boxes, scale, working))
         )
@@ -63,11 +54,11 @@ def _multiscale_roi_align(
             op.Gather(boxes, rows),
             op.Cast(op.Gather(image, rows), to=_INT64),
             mode="avg",
-            output_height=pooled_height,
-            output_width=pooled_width,
-            sampling_ratio=max(sampling_ratio, 0),  # 0: adaptive
+            output_height=height,
+            output_width=width,
+            sampling_ratio=pooling.sampling_ratio,
             spatial_scale=scale,
-            coordinate_transformation_mode="half_pixel" if aligned else "output_half_pixel",
+            coordinate_transformation_mode="half_pixel" if pooling.aligned else "output_half_pixel",
         )
         out = op.ScatterND(out, op.Unsqueeze(rows, op.Constant(value_ints=[1])), pooled)
     return out if features[0].dtype == working else op.Cast(out, to=features[0].dtype)
@@ -89,39 +80,12 @@ def _finite(boxes: Any, scale: float, working: ir.DataType) -> Any:
     return op.Equal(op.ReduceMin(op.Cast(finite, to=_INT32), [1], keepdims=0), _number(1, _INT32))
 
 
-def _assign_levels(
-    boxes: Any,
-    scales: Sequence[float],
-    canonical_scale: float,
-    canonical_level: float,
-    working: ir.DataType,
-) -> Any:
-    """`levels.assign_levels`; ONNX has no log2, so the ratio is held against where the level changes."""
+def _levels(boxes: Any, pooling: Pooling, working: ir.DataType) -> Any:
+    """`Staircase.levels`."""
     x1, y1, x2, y2 = (_column(boxes, i) for i in range(4))
-    size = op.Sqrt(op.Mul(op.Sub(x2, x1), op.Sub(y2, y1)))
-    ratio = op.Div(size, _number(canonical_scale, working))
-    finest, steps = serving_steps(map_levels_of(scales))
-    index = op.Expand(_number(finest, _INT64), op.Shape(size))
-    for level, delta in steps:
-        least = _least_ratio_beyond(level, canonical_level, working)
-        beyond = op.Cast(op.GreaterOrEqual(ratio, _number(least, working)), to=_INT64)
-        index = op.Add(index, op.Mul(beyond, _number(delta, _INT64)))
+    area = op.Mul(op.Sub(x2, x1), op.Sub(y2, y1))
+    index = op.Expand(_number(pooling.order[0], _INT64), op.Shape(area))
+    for threshold, finer, coarser in pooling.staircase.steps():
+        beyond = op.Cast(op.GreaterOrEqual(area, _number(threshold, working)), to=_INT64)
+        index = op.Add(index, op.Mul(beyond, _number(coarser - finer, _INT64)))
     return index
-
-
-def _least_ratio_beyond(level: int, canonical_level: float, working: ir.DataType) -> float:
-    """The least number that equation 1 takes beyond `level`, found among all floats of its precision."""
-    double = working == ir.DataType.DOUBLE
-    bits, dtype = (torch.int64, torch.float64) if double else (torch.int32, torch.float32)
-
-    def number(code: int) -> torch.Tensor:  # positive floats are ordered as their bits are
-        return torch.tensor(code, dtype=bits).view(dtype)
-
-    low, high = 0, int(torch.tensor(math.inf, dtype=dtype).view(bits))
-    while high - low > 1:
-        middle = (low + high) // 2
-        if wanted_level(number(middle), canonical_level) > level:
-            high = middle
-        else:
-            low = middle
-    return float(number(high))

@@ -1,9 +1,9 @@
-"""Operator contracts: schemas, shapes, gradients, and which engine does the work.
+"""Which engine does the work of an operator, and what it may count on.
 
 `roialign::multiscale_roi_align` and its backward are one operator each for all levels. An engine is
 a module with `empty`, `forward(out, ...)` and `backward(grads, ...)`, as in `reference.py`; what to
-allocate is decided here, once for the real and the fake kernels, and engines fill it. The operator is
-linear in the features, so backward saves no feature map and the backward of backward is forward.
+allocate is decided here, once for the real and the fake kernels, and engines fill it. Exported programs
+call the operators too, so arguments are checked here: no engine reads what is not there.
 """
 
 import functools
@@ -17,22 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-
-_LIB = torch.library.Library("roialign", "DEF")  # type: ignore[no-untyped-call]
-
-_POOLING = "float[] scales, int sampling_ratio, bool aligned, float canonical_scale, float canonical_level"
-_LIB.define(  # type: ignore[no-untyped-call]
-    "multiscale_roi_align(Tensor[] features, Tensor rois, Tensor? levels, "
-    f"SymInt pooled_height, SymInt pooled_width, {_POOLING}) -> Tensor"
-)
-# `shape` is N, C, then H, W of each level; `dtypes` are indices into DTYPES.
-_LIB.define(  # type: ignore[no-untyped-call]
-    "multiscale_roi_align_backward(Tensor grad, Tensor rois, Tensor? levels, "
-    f"SymInt[] shape, int[] dtypes, bool[] channels_last, {_POOLING}) -> Tensor[]"
-)
-
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+from . import gradients, reference, schema
+from .layout import is_channels_last
+from .schema import DTYPES, Maps, Pooling
 
 # device type -> module of its engine, imported when first run. Any other device: the reference.
 # On "xpu" the GPU engine has never been run; Triton serves it as it does "cuda".
@@ -70,31 +57,80 @@ def use_reference() -> Iterator[None]:
         ENGINES.update(saved)
 
 
-def is_channels_last(t: Tensor) -> bool:
-    """Whether channels lie innermost. A tensor that is also contiguous counts as contiguous."""
-    return bool(t.stride(1) == 1 and t.stride(3) != 1)
-
-
-def _empty_output(engine: Any, features: Sequence[Tensor], rois: Tensor, height: int, width: int) -> Tensor:
+def _empty_output(engine: Any, features: Sequence[Tensor], rois: Tensor, pooling: Pooling) -> Tensor:
     first = features[0]
-    shape = (rois.shape[0], first.shape[1], height, width)
+    shape = (rois.shape[0], first.shape[1], *pooling.output_size)
     out: Tensor = engine.empty(shape, first.dtype, first.device, is_channels_last(first))
     return out
 
 
-def _empty_grads(
-    engine: Any,
-    grad: Tensor,
-    shape: Sequence[int],
-    dtypes: Sequence[int],
-    channels_last: Sequence[bool],
-) -> list[Tensor]:
-    images, _, *sizes = shape
+def _empty_grads(engine: Any, grad: Tensor, maps: Maps) -> list[Tensor]:
+    images = maps.shape[0]
     channels = grad.shape[1]  # of those that are here, should the maps be sharded along channels
     return [
-        engine.empty((images, channels, height, width), DTYPES[dtype], grad.device, last)
-        for height, width, dtype, last in zip(sizes[::2], sizes[1::2], dtypes, channels_last, strict=True)
+        engine.empty((images, channels, *size), DTYPES[dtype], grad.device, last)
+        for size, dtype, last in zip(maps.sizes, maps.dtypes, maps.channels_last, strict=True)
     ]
+
+
+def _check(rule: str, holds: bool, received: object) -> None:
+    if not holds:
+        raise ValueError(f"{schema.NAMESPACE}: {rule}, got {received}")
+
+
+def _check_features(features: Sequence[Tensor]) -> None:
+    """As `functional` does, for those who call the operator itself."""
+    _check("features must hold at least one map", len(features) > 0, 0)
+    first = features[0]
+    for f in features:
+        sound = f.dim() == 4 and f.shape[:2] == first.shape[:2] and f.shape[2] > 0 and f.shape[3] > 0
+        if not (sound and f.dtype in DTYPES and f.device == first.device):
+            _check(
+                "features must be non-empty maps (N, C, H, W) of one N, C and device, "
+                "of float32, float64, float16 or bfloat16",
+                False,
+                [(tuple(f.shape), f.dtype, str(f.device)) for f in features],
+            )
+
+
+def _check_boxes(
+    rois: Tensor, levels: Tensor | None, pooling: Pooling, maps: int, dtypes: Sequence[torch.dtype]
+) -> None:
+    working = torch.float64 if torch.float64 in dtypes else torch.float32
+    if not (rois.dim() == 2 and rois.shape[1] == 5 and rois.dtype == working):
+        _check(f"rois must have shape (K, 5) and {working}", False, (tuple(rois.shape), rois.dtype))
+    if levels is not None and not (
+        levels.dim() == 1 and levels.shape[0] == rois.shape[0] and levels.dtype == torch.int64
+    ):
+        _check("levels must have shape (K,) and int64", False, (tuple(levels.shape), levels.dtype))
+    if not (len(pooling.output_size) == 2 and min(pooling.output_size) > 0):
+        _check("output_size must be two positive integers", False, pooling.output_size)
+    _check("scales must hold one number per map", len(pooling.scales) == maps, pooling.scales)
+    _check("sampling_ratio must be 0 or more", pooling.sampling_ratio >= 0, pooling.sampling_ratio)
+    order = pooling.order
+    if not (len(order) == len(pooling.thresholds) + 1 and min(order) >= 0 and max(order) < maps):
+        _check("order must hold a map for each threshold and one more", False, (pooling.thresholds, order))
+
+
+def _check_forward(features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, pooling: Pooling) -> None:
+    _check_features(features)
+    _check_boxes(rois, levels, pooling, len(features), [f.dtype for f in features])
+
+
+def _check_backward(grad: Tensor, rois: Tensor, levels: Tensor | None, maps: Maps, pooling: Pooling) -> None:
+    shape, dtypes, channels_last = maps
+    n = len(dtypes)
+    if not (n > 0 and len(shape) == 2 + 2 * n and len(channels_last) == n and min(shape[2:]) > 0):
+        _check("shape, dtypes and channels_last must describe the same maps", False, maps)
+    _check("dtypes must be indices of a dtype", min(dtypes) >= 0 and max(dtypes) < len(DTYPES), dtypes)
+    _check_boxes(rois, levels, pooling, n, [DTYPES[i] for i in dtypes])
+    if not (
+        grad.dim() == 4
+        and grad.shape[0] == rois.shape[0]
+        and tuple(grad.shape[2:]) == tuple(pooling.output_size)
+        and grad.dtype in DTYPES
+    ):
+        _check("grad must have shape (K, C, *output_size)", False, (tuple(grad.shape), grad.dtype))
 
 
 def _check_rows(rois: Tensor, levels: Tensor | None, images: int, maps: int) -> None:
@@ -111,97 +147,42 @@ def _check_rows(rois: Tensor, levels: Tensor | None, images: int, maps: int) -> 
             raise ValueError(f"{argument}[{row}] must have its {what} in [0, {stop}), got {index[row]:g}")
 
 
-def _forward(
-    features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, height: int, width: int, *pooling: Any
-) -> Tensor:
+def _forward(features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, *rest: Any) -> Tensor:
+    pooling = Pooling(*rest)
+    _check_forward(features, rois, levels, pooling)
     if rois.device.type == "cpu":
         _check_rows(rois, levels, features[0].shape[0], len(features))
     module = engine(rois.device.type)
-    out = _empty_output(module, features, rois, height, width)
+    out = _empty_output(module, features, rois, pooling)
     if out.numel():
-        module.forward(out, features, rois, levels, *pooling)
+        module.forward(out, features, rois, levels, pooling)
     return out
 
 
-def _forward_fake(
-    features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, height: int, width: int, *_pooling: Any
-) -> Tensor:
-    return _empty_output(reference, features, rois, height, width)
+def _forward_fake(features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, *rest: Any) -> Tensor:
+    pooling = Pooling(*rest)
+    return _empty_output(reference, features, rois, pooling)
 
 
-def _backward(
-    grad: Tensor,
-    rois: Tensor,
-    levels: Tensor | None,
-    shape: Sequence[int],
-    dtypes: Sequence[int],
-    channels_last: Sequence[bool],
-    *pooling: Any,
-) -> list[Tensor]:
+def _backward(grad: Tensor, rois: Tensor, levels: Tensor | None, *rest: Any) -> list[Tensor]:
+    maps, pooling = Maps(*rest[:3]), Pooling(*rest[3:])
+    _check_backward(grad, rois, levels, maps, pooling)
     module = engine(grad.device.type)
-    grads = _empty_grads(module, grad, shape, dtypes, channels_last)
+    grads = _empty_grads(module, grad, maps)
     if grads[0].numel():
-        module.backward(grads, grad, rois, levels, *pooling)
+        module.backward(grads, grad, rois, levels, pooling)
     return grads
 
 
-def _backward_fake(
-    grad: Tensor,
-    rois: Tensor,
-    levels: Tensor | None,
-    shape: Sequence[int],
-    dtypes: Sequence[int],
-    channels_last: Sequence[bool],
-    *_pooling: Any,
-) -> list[Tensor]:
-    return _empty_grads(reference, grad, shape, dtypes, channels_last)
+def _backward_fake(grad: Tensor, rois: Tensor, levels: Tensor | None, *rest: Any) -> list[Tensor]:
+    return _empty_grads(reference, grad, Maps(*rest[:3]))
 
 
-def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, rois, levels, _, _, *ctx.pooling = inputs
-    ctx.save_for_backward(rois, levels)
-    ctx.shape = [*features[0].shape[:2], *(size for f in features for size in f.shape[2:])]
-    ctx.dtypes = [DTYPES.index(f.dtype) for f in features]
-    ctx.channels_last = [is_channels_last(f) for f in features]
-
-
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    rois, levels = ctx.saved_tensors
-    grads = torch.ops.roialign.multiscale_roi_align_backward(
-        grad, rois, levels, ctx.shape, ctx.dtypes, ctx.channels_last, *ctx.pooling
-    )
-    return grads, *(None,) * 9
-
-
-def _save_for_double_gradient(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    grad, rois, levels, _, _, _, *ctx.pooling = inputs
-    ctx.save_for_backward(rois, levels)
-    ctx.pooled = grad.shape[2:]
-
-
-def _double_gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    rois, levels = ctx.saved_tensors
-    out = torch.ops.roialign.multiscale_roi_align(grads, rois, levels, *ctx.pooled, *ctx.pooling)
-    return out, *(None,) * 10
-
-
-def _register(name: str, kernel: Any, fake: Any, gradient: Any, setup_context: Any) -> None:
-    _LIB.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"roialign::{name}", fake, lib=_LIB)
-    torch.library.register_autograd(f"roialign::{name}", gradient, setup_context=setup_context, lib=_LIB)
-
-    def transformed(*args: Any) -> Any:
-        return getattr(importlib.import_module("roialign.transforms"), name)(*args)
-
-    # Reached only while a transform of torch.func is active, so it costs nothing otherwise.
-    _LIB.impl(name, transformed, "FuncTorchDynamicLayerFrontMode")  # type: ignore[no-untyped-call]
-
-
-_register("multiscale_roi_align", _forward, _forward_fake, _gradient, _save_for_gradient)
-_register(
-    "multiscale_roi_align_backward",
-    _backward,
-    _backward_fake,
-    _double_gradient,
-    _save_for_double_gradient,
-)
+for _operator, _kernel, _fake in (
+    (schema.pool, _forward, _forward_fake),
+    (schema.scatter, _backward, _backward_fake),
+):
+    _name = _operator.name()
+    schema.LIBRARY.impl(_name.split("::")[1], _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(_name, _fake, lib=schema.LIBRARY)
+gradients.register()

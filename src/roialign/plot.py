@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import reference
 from .functional import check_output_size
-from .levels import assign_levels, map_levels_of
+from .levels import map_levels_of, staircase
+from .taps import Points, lay_points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ def sampling_points(
         tensor([[0.5000, 1.5000]])
     """
     rows, columns = _axes_of(box, map_size, output_size, scale, sampling_ratio, aligned)
-    return _points(rows, map_size[0]), _points(columns, map_size[1])
+    return _points(rows), _points(columns)
 
 
 def draw_levels(
@@ -98,7 +98,7 @@ def draw_levels(
     axes = _new_axes(image.shape[1] / image.shape[2]) if axes is None else axes
     show_image(axes, image)
     _leave_margin(axes, image)
-    levels = assign_levels(boxes, map_levels_of(scales), canonical_scale, canonical_level).tolist()
+    levels = staircase(scales, canonical_scale, canonical_level, boxes.dtype).levels(boxes).tolist()
     for i in torch.argsort(_area(boxes), descending=True).tolist():  # small ones on top
         colour = level_colour(levels[i])
         _draw_box(axes, boxes[i].tolist(), colour, cell=1 / scales[levels[i]])
@@ -146,7 +146,7 @@ def draw_sampling(
     show_image(axes, feature, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
     _draw_box(axes, (x1, y1, x2, y2), COLOURS[4], label="box")
     _draw_bins(axes, y_edges, x_edges)
-    draw_points(axes, _points(rows, height), _points(columns, width), size=14)
+    draw_points(axes, _points(rows), _points(columns), size=14)
     axes.set(xlim=(left, right), ylim=(bottom, top))
     _count_cells(axes)
     grid = f"{rows.grid.item():.0f} x {columns.grid.item():.0f}"
@@ -198,30 +198,31 @@ def _axes_of(
     scale: float,
     sampling_ratio: int,
     aligned: bool,
-) -> tuple[reference.Visits, reference.Visits]:
+) -> tuple[Points, Points]:
     """The sampling points of one RoI, as the reference lays them: along the rows, along the columns."""
     bins = check_output_size(output_size)
-    geometry = reference.Geometry(*map_size, *bins, scale, sampling_ratio, aligned)
     corners = torch.as_tensor(box, dtype=torch.float32).cpu()
     if corners.shape != (4,) or not corners.isfinite().all():
         raise ValueError(f"box must be four finite numbers, x1, y1, x2, y2, got {corners.tolist()}")
-    x1, y1, x2, y2 = corners[:, None]
-    rows = reference._visits(*reference._to_map(y1, y2, geometry), bins[0], map_size[0], sampling_ratio)
-    columns = reference._visits(*reference._to_map(x1, x2, geometry), bins[1], map_size[1], sampling_ratio)
-    return rows, columns
+    x1, y1, x2, y2 = scale * corners[:, None]
+    height, width = (torch.tensor([extent]) for extent in map_size)
+    return (
+        lay_points(y1, y2, bins[0], height, max(sampling_ratio, 0), aligned),
+        lay_points(x1, x2, bins[1], width, max(sampling_ratio, 0), aligned),
+    )
 
 
-def _points(visits: reference.Visits, extent: int) -> Tensor:
+def _points(points: Points) -> Tensor:
     """`(bins, T)` positions in cells, NaN where there is none or where it misses the map."""
-    bin_start, bin_size, grid, first, count = (field[0, :, None] for field in visits)
+    bin_start, bin_size, grid, first, count, extent = (field[0, :, None] for field in points)
     run = torch.arange(int(count.max()))
     point = bin_start + (first + run + 0.5) * bin_size / grid.clamp(min=1)
     return torch.where((run < count) & (point >= -1) & (point <= extent), point, torch.nan)
 
 
-def _bin_edges(visits: reference.Visits) -> list[float]:
-    starts = visits.bin_start[0]
-    return torch.cat((starts, starts[-1:] + visits.bin_size[0])).tolist()
+def _bin_edges(points: Points) -> list[float]:
+    starts = points.bin_start[0]
+    return torch.cat((starts, starts[-1:] + points.bin_size[0])).tolist()
 
 
 def _area(boxes: Tensor) -> Tensor:

@@ -18,11 +18,11 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from . import multiscale_roi_align, ops
+from . import multiscale_roi_align, ops, schema
 
 HELP = "compile the kernels ahead, for a container image"
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ops.DTYPES}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in schema.DTYPES}
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 GRIDS = {"fixed": 2, "adaptive": 0}
 

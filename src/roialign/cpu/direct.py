@@ -9,7 +9,6 @@ import math
 import numpy as np
 
 from .jit import kernel, part
-from .lanes import OUT_AT, OUT_BIN_STEP, OUT_ROI_STEP, PH, PW
 from .simd import (
     LANES,
     fetch_add,
@@ -24,7 +23,7 @@ from .simd import (
     store_one,
     zeros,
 )
-from .tables import AT, COLUMN_STEP, IMAGE_STEP, MAP_COLUMNS, ONE, ROW_STEP, ZERO
+from .tables import AT, COLUMN_STEP, HEIGHT, IMAGE_STEP, MAP_COLUMNS, ONE, ROW_STEP, WIDTH, ZERO
 
 ROIS = np.int64(8)  # in a task
 CELLS = np.int64(2**10)  # of a row of bins that are listed at once; a sum of many such sums is more exact
@@ -33,48 +32,47 @@ WIDE = np.int64(4 * LANES)
 
 @kernel
 def run(
-    counter, src_tag, tag, out_tag, maps, levels, out, order, rois, map_of, ys, xs, channels, scratch
+    counter, src_tag, tag, out_tag, maps, levels, out, rois, order, homes, ys, xs, channels, scratch
 ):  # fmt: skip
     """Take tasks until none is left. A task is a few RoIs with all their channels."""
     tasks = (rois + ROIS - 1) // ROIS
     task = fetch_add(counter)
     while task < tasks:
         for i in range(task * ROIS, min((task + 1) * ROIS, rois)):
-            k = get(order, i)
-            home = get(map_of, k)
+            home = get(homes, i)
             m = maps + 8 * (home % levels) * MAP_COLUMNS
             src = get(m, AT) + home // levels * get(m, IMAGE_STEP)
-            _pool(src_tag, src, m, tag, out_tag, out, scratch, k, ys, xs, channels)
+            _pool(src_tag, src, m, tag, out_tag, out, scratch, i, get(order, i), ys, xs, channels)
         task = fetch_add(counter)
 
 
 @part
-def _pool(src_tag, src, m, tag, out_tag, out, scratch, k, ys, xs, channels):
+def _pool(src_tag, src, m, tag, out_tag, out, scratch, i, k, ys, xs, channels):
     """Pool RoI k, a row of bins at a time."""
-    x_taps, columns = xs.taps + 8 * get(xs.base, k), xs.cells + 8 * get(xs.base, k)
-    n = get(xs.start, k * (get(out, PW) + 1) + get(out, PW))
+    x_taps, columns = xs.taps + 8 * get(xs.base, i), xs.cells + 8 * get(xs.base, i)
+    n = get(xs.start, i * (get(out, WIDTH) + 1) + get(out, WIDTH))
     for t in range(n):
         put(scratch.src_column, t, get(columns, get(x_taps, t)) * get(m, COLUMN_STEP))
     rows_at_once = max(ONE, CELLS // max(ONE, n))
-    for p in range(get(out, PH)):
-        y0 = get(ys.start, k * (get(out, PH) + 1) + p)
-        stop = get(ys.start, k * (get(out, PH) + 1) + p + 1)
+    for p in range(get(out, HEIGHT)):
+        y0 = get(ys.start, i * (get(out, HEIGHT) + 1) + p)
+        stop = get(ys.start, i * (get(out, HEIGHT) + 1) + p + 1)
         first, last = True, False
         while not last:
             y1 = min(y0 + rows_at_once, stop)
             last = y1 == stop
-            _list_cells(tag, m, scratch, ys, xs, k, y0, y1, get(out, PW))
+            _list_cells(tag, m, scratch, ys, xs, i, y0, y1, get(out, WIDTH))
             _sum_cells(src_tag, src, tag, out_tag, out, scratch, k, p, channels, first, last)
             y0, first = y1, False
 
 
 @part
-def _list_cells(tag, m, scratch, ys, xs, k, y0, y1, bins):
+def _list_cells(tag, m, scratch, ys, xs, i, y0, y1, bins):
     """For each bin of a row, the offsets and weights of the cells it reads in the rows of taps `y0:y1`."""
     size = size_of(tag)
-    rows, y_taps = ys.cells + 8 * get(ys.base, k), ys.taps + 8 * get(ys.base, k)
-    y_weights, x_weights = ys.weights + size * get(ys.base, k), xs.weights + size * get(xs.base, k)
-    x_start = xs.start + 8 * k * (bins + 1)
+    rows, y_taps = ys.cells + 8 * get(ys.base, i), ys.taps + 8 * get(ys.base, i)
+    y_weights, x_weights = ys.weights + size * get(ys.base, i), xs.weights + size * get(xs.base, i)
+    x_start = xs.start + 8 * i * (bins + 1)
     n = ZERO
     for q in range(bins):
         put(scratch.dst_row, q, n)
@@ -90,12 +88,12 @@ def _list_cells(tag, m, scratch, ys, xs, k, y0, y1, bins):
 @part
 def _sum_cells(src_tag, src, tag, out_tag, out, scratch, k, p, channels, first, last):
     """Sum the listed cells into a row of bins or, while more lists are to come, into scratch."""
-    bins = get(out, PW)
+    bins = get(out, WIDTH)
     step, keep, out_step = LANES * size_of(src_tag), LANES * size_of(tag), LANES * size_of(out_tag)
-    to = get(out, OUT_AT) + k * get(out, OUT_ROI_STEP) + p * bins * get(out, OUT_BIN_STEP)
+    to = get(out, AT) + k * get(out, IMAGE_STEP) + p * bins * get(out, COLUMN_STEP)
     part, one = scratch.sums, type(tag)(1)
     for q in range(bins):
-        bin_at = to + q * get(out, OUT_BIN_STEP)
+        bin_at = to + q * get(out, COLUMN_STEP)
         for byte in range(0, channels * size_of(out_tag) if last else ZERO, 64):
             prefetch_write(bin_at + byte)
         for c in range(0, channels, WIDE):

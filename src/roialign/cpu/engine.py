@@ -1,10 +1,13 @@
-"""The engine: prepare the tables, then let threads take groups of RoIs and blocks of channels."""
+"""The engine: survey the RoIs, fill tables for as many as there is room for, and let threads take tasks.
+
+A task is a group of RoIs and a block of channels. All scratch of a call lies in its arena, and what
+does not depend on the number of boxes is bounded: tables for some thousand RoIs, and a share for each thread.
+"""
 
 import functools
 import itertools
 import math
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,178 +15,233 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..levels import staircase
+from ..layout import strides
+from ..schema import Pooling
 from . import backward as backward_kernel
 from . import direct as direct_kernel
 from . import forward as forward_kernel
 from . import tables, threads
 from .jit import cache_folder as cache_folder
 from .lanes import Scratch
+from .memory import Arena
 from .memory import empty as empty
-from .memory import scratch
 from .simd import LANES, TAGS
 
 _TAG = {getattr(torch, name): tag for name, tag in TAGS.items()}
 _WORK = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
-_SLAB_TAPS = 2**21  # taps whose tables are held at once in forward: about 25 MB
-_ADAPTIVE_TAPS = 32  # a guess, per bin
+_SLAB = 2**16  # RoIs that are put in order, or have tables, at once
+_ROOM = 2**20  # taps that tables have at once: 20 MB, in float64 24 MB
+_ROOM_TURNED = 2**19  # and twice that where they are turned around too
+_KEPT = 16 * 2**20  # bytes of rings that are kept from some tables to the next
 _TASKS_PER_THREAD = 4
 
-
-class Rule(NamedTuple):
-    """Which map serves which RoI - `levels`, or else equation 1 as a staircase - and at which scale."""
-
-    levels: Tensor | None
-    climb: NDArray[np.floating]
-    canonical_scale: Any
-    scales: NDArray[np.floating]
-
-
-class Table(NamedTuple):
-    """The tables of one axis: where they are, and the memory that holds them."""
-
-    at: tables.AxisAt
-    memory: NDArray[np.int64]
-    rois: int
-    taps: int  # room for how many
-
-    def array(self, name: str) -> NDArray[np.int64]:
-        """One of the tables of integers as an array, to look at all RoIs at once."""
-        start = (getattr(self.at, name) - self.at.base) // 8
-        n = {"base": self.rois + 1, "touched": self.rois}.get(name, self.taps)
-        return self.memory[start : start + n]
-
-
-class Tables(NamedTuple):
-    """Everything that does not depend on the channels; see `tables`."""
-
-    map_of: Tensor
-    order: Tensor
-    ys: Table
-    xs: Table
+Array = NDArray[np.int64]
 
 
 class Maps(NamedTuple):
-    """The maps of a call: a row per map, see `tables.AT` and on; and their largest sizes."""
+    """The maps of a call, and where the rows of each begin if all are counted through, image by image."""
 
-    rows: "array[int]"
-    number: int
+    at: NDArray[np.int64]  # (L, MAP_COLUMNS)
     images: int
-    height: int
-    width: int
-    all_heights: int
+    row: NDArray[np.int64]  # (N * L + 1,)
 
-    @property
-    def at(self) -> int:
-        """The address of the rows."""
-        return self.rows.buffer_info()[0]
+
+class Survey(NamedTuple):
+    """All RoIs in order, and what is known of them before there are tables."""
+
+    problem: tables.Problem
+    tag: Any  # a number of the working precision
+    order: int  # address
+    done: int  # how many are to be done
+    keys: Array  # (K,) the first row of each RoI
+    spans: Array  # (N * L,) the most rows that a RoI of a map spans
+    ends: Array  # (rows,) of each row, how many RoIs begin there or above
+    owned: object
+
+
+class Tables(NamedTuple):
+    """The tables of some RoIs."""
+
+    ys: tables.AxisAt
+    xs: tables.AxisAt
+    homes: int  # address: the map of each RoI
+    number: int  # of RoIs
+    taps: int  # there is room for
+    rows: int  # the most that a RoI touches
+    columns: int
+    x_taps: int  # the most that a RoI has
 
 
 def forward(
-    out: Tensor,
-    features: Sequence[Tensor],
-    rois: Tensor,
-    levels: Tensor | None,
-    scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_scale: float,
-    canonical_level: float,
+    out: Tensor, features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, pooling: Pooling
 ) -> None:
     """Pool every RoI from its map; see `reference.forward`."""
-    maps = _describe_maps(features)
-    rule = _rule(rois, levels, scales, canonical_scale, canonical_level)
+    arena = Arena()
+    start = arena.mark()
     rois = rois.contiguous()
-    taps = 2 * sampling_ratio if sampling_ratio > 0 else _ADAPTIVE_TAPS
-    slab = max(1, _SLAB_TAPS // (taps * (out.shape[2] + out.shape[3])))
-    if len(rois) <= slab:
-        _forward_slab(out, features, maps, rois, rule, sampling_ratio, aligned)
-        return
-    for lo in range(0, len(rois), slab):
-        part = slice(lo, lo + slab)
-        part_rule = rule if rule.levels is None else rule._replace(levels=rule.levels[part])
-        _forward_slab(out[part], features, maps, rois[part], part_rule, sampling_ratio, aligned)
+    kinds = [_kind(f, out) for f in features]
+    for kind in dict.fromkeys(kinds):
+        maps = _describe_maps(features, [k == kind for k in kinds])
+        for lo in range(0, len(rois), _SLAB):
+            part = slice(lo, lo + _SLAB)
+            some = out, rois, levels
+            if len(rois) > _SLAB:
+                some = out[part], rois[part], None if levels is None else levels[part]
+            _forward(some[0], features, maps, *some[1:], pooling, kind, arena)
+            arena.rewind(start)
+    arena.give_back()
 
 
-def _forward_slab(
+def _forward(
     out: Tensor,
     features: Sequence[Tensor],
     maps: Maps,
     rois: Tensor,
-    rule: Rule,
-    sampling_ratio: int,
-    aligned: bool,
+    levels: Tensor | None,
+    pooling: Pooling,
+    kind: tuple[torch.dtype, bool],
+    arena: Arena,
 ) -> None:
-    channels = out.shape[1]
-    pooled = _describe_pooled(out)
-    height, width = out.shape[2:]
-    t = _tables(rois, rule, maps, height, width, sampling_ratio, aligned)
-    if len(t.order) < len(rois):
-        out[t.map_of < 0] = torch.nan
-    work = (t.ys.taps + t.xs.taps) * channels
-    columns = int(t.xs.array("touched").max())
-    for (dtype, in_place), order in _by_kind([_kind(f, out) for f in features], t):
-        tags = (_TAG[dtype], _WORK[rois.dtype], _TAG[out.dtype])
-        job: tuple[Any, ...] = (*tags, maps.at, maps.number, pooled.buffer_info()[0])
-        tables_at = (t.map_of.data_ptr(), t.ys.at, t.xs.at)
-        if in_place:
-            most = max(int(direct_kernel.CELLS), int(np.diff(t.xs.array("base")).max()))
-            entries = direct_kernel.entries(most, channels, width)
-            job += (order.data_ptr(), len(order), *tables_at, channels)
-            tasks = math.ceil(len(order) / direct_kernel.ROIS)
-            owned: tuple[Any, ...] = (out, features, maps, pooled, t, order)
-            _run(direct_kernel.run, job, max(most, width + 1), entries, rois.dtype, tasks, work, owned)
-        else:
-            blocks = math.ceil(channels / LANES)
-            most = max(64, len(rois) * blocks // (_TASKS_PER_THREAD * torch.get_num_threads()))
-            groups = torch.empty((len(order), int(forward_kernel.GROUP_COLUMNS)), dtype=torch.int64)
-            n = forward_kernel.group(order.data_ptr(), len(order), *tables_at, most, groups.data_ptr())
-            cells = int(groups[:n, forward_kernel.CELLS].amax()) if n else 0
-            entries = forward_kernel.entries(cells, columns, width)
-            job += (groups.data_ptr(), n, order.data_ptr(), *tables_at, channels)
-            line = max(maps.height, maps.width, height, width)
-            owned = (out, features, maps, pooled, t, order, groups)
-            _run(forward_kernel.run, job, line, entries, rois.dtype, n * blocks, work, owned)
+    survey, lost = _survey(rois, levels, maps, pooling, arena)
+    if lost:
+        out[torch.from_numpy(survey.keys == -1)] = torch.nan
+    dtype, in_place = kind
+    pooled = _describe(out)
+    tag, owned = _WORK[rois.dtype], (out, features, maps, survey, pooled)
+    base, lo = arena.mark(), 0
+    while lo < survey.done:
+        t = _fill(survey, lo, survey.done, maps, _ROOM, arena)
+        job: tuple[Any, ...] = (_TAG[dtype], tag, _TAG[out.dtype], _at(maps.at), len(features), _at(pooled))
+        rest = (survey.order + 8 * lo, t.homes, t.ys, t.xs, out.shape[1])
+        (_forward_in_place if in_place else _forward_packed)(job, rest, t, out, rois.dtype, arena, owned)
+        arena.rewind(base)
+        lo += t.number
+
+
+def _forward_in_place(
+    job: tuple[Any, ...], rest: tuple[Any, ...], t: Tables, out: Tensor, dtype: torch.dtype,
+    arena: Arena, owned: object,
+) -> None:  # fmt: skip
+    most = max(int(direct_kernel.CELLS), t.x_taps)
+    entries = direct_kernel.entries(most, out.shape[1], out.shape[3])
+    tasks = math.ceil(t.number / direct_kernel.ROIS)
+    line, work = max(most, out.shape[3] + 1), t.taps * out.shape[1]
+    _run(direct_kernel.run, (*job, t.number, *rest), line, entries, dtype, tasks, work, arena, owned)
+
+
+def _forward_packed(
+    job: tuple[Any, ...], rest: tuple[Any, ...], t: Tables, out: Tensor, dtype: torch.dtype,
+    arena: Arena, owned: object,
+) -> None:  # fmt: skip
+    blocks = math.ceil(out.shape[1] / LANES)
+    most = max(64, t.number * blocks // (_TASKS_PER_THREAD * torch.get_num_threads()))
+    groups = arena.take(8 * t.number * int(forward_kernel.GROUP_COLUMNS))
+    number, cells = forward_kernel.group(t.number, t.homes, t.ys, t.xs, most, groups)
+    entries = forward_kernel.entries(cells, t.columns, out.shape[3])
+    line, work = max(t.rows, t.columns, *out.shape[2:]) + 1, t.taps * out.shape[1]
+    job = (*job, groups, number, *rest)
+    _run(forward_kernel.run, job, line, entries, dtype, number * blocks, work, arena, owned)
 
 
 def backward(
-    grads: Sequence[Tensor],
-    grad: Tensor,
-    rois: Tensor,
-    levels: Tensor | None,
-    scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_scale: float,
-    canonical_level: float,
+    grads: Sequence[Tensor], grad: Tensor, rois: Tensor, levels: Tensor | None, pooling: Pooling
 ) -> None:
     """The adjoint of `forward` in the features; see `reference.backward`."""
-    if not (grad.is_contiguous() or grad.is_contiguous(memory_format=torch.channels_last)):
-        grad = grad.contiguous()  # an expanded gradient, as that of a sum
-    channels, height, width = grad.shape[1:]
-    blocks = math.ceil(channels / LANES)
-    maps = _describe_maps(grads)
-    pooled = _describe_pooled(grad)
+    grad = _in_one_run(grad)
     rois = rois.contiguous()
-    rule = _rule(rois, levels, scales, canonical_scale, canonical_level)
-    t = _tables(rois, rule, maps, height, width, sampling_ratio, aligned)
-    ys, xs = _turned("rows", t.ys, height, rois.dtype), _turned("columns", t.xs, width, rois.dtype)
-    tasks = _TASKS_PER_THREAD * torch.get_num_threads()
-    most = math.ceil(maps.width * min(1.0, blocks / tasks))
-    homes, touched, base, cells = (t.map_of[t.order].numpy(), *map(t.ys.array, ("touched", "base", "cells")))
-    spans = backward_kernel.heights(t.order.numpy(), touched, base, cells)
-    widths = [int(maps.rows[i]) for i in range(int(tables.WIDTH), len(maps.rows), int(tables.MAP_COLUMNS))]
-    strips, entries = backward_kernel.cut(widths, maps.images, homes, spans, height, width, most)
-    work = (ys.taps + xs.taps) * channels + sum(g.numel() for g in grads)
-    for dtype in {g.dtype for g in grads}:
-        mine = [s for s in strips if grads[s[0] % maps.number].dtype == dtype]
-        rows = array("q", itertools.chain.from_iterable(mine))
-        tags = (_TAG[dtype], _WORK[rois.dtype], _TAG[grad.dtype])
-        job: tuple[Any, ...] = (*tags, maps.at, maps.number, pooled.buffer_info()[0])
-        job += (rows.buffer_info()[0], len(mine), t.order.data_ptr(), ys.at, xs.at, channels)
-        line = max(maps.height, maps.width, height, width)
-        owned = (grads, grad, maps, pooled, t, ys, xs, rows)
-        _run(backward_kernel.run, job, line, entries, rois.dtype, len(mine) * blocks, work, owned)
+    arena = Arena()
+    start = arena.mark()
+    for dtype in dict.fromkeys(g.dtype for g in grads):
+        maps = _describe_maps(grads, [g.dtype == dtype for g in grads])
+        survey, _lost = _survey(rois, levels, maps, pooling, arena)
+        _Backward(grads, grad, maps, survey, dtype, rois.dtype, arena).run()
+        arena.rewind(start)
+    arena.give_back()
+
+
+class _Backward:
+    """One pass over the gradient maps of one dtype."""
+
+    def __init__(
+        self,
+        grads: Sequence[Tensor],
+        grad: Tensor,
+        maps: Maps,
+        survey: Survey,
+        dtype: torch.dtype,
+        working: torch.dtype,
+        arena: Arena,
+    ) -> None:
+        self.maps, self.survey, self.grad, self.arena = maps, survey, grad, arena
+        pooled = _describe(grad)
+        self.job = (_TAG[dtype], _WORK[working], _TAG[grad.dtype], _at(maps.at), len(grads), _at(pooled))
+        self.owned = (grads, grad, maps, survey, pooled)
+        self.working = working
+        self.widths = np.tile(maps.at[:, tables.WIDTH], maps.images)
+        # Of each map, the first of its RoIs in their order.
+        self.bounds = np.concatenate(([0], survey.ends))[maps.row]
+        blocks = math.ceil(grad.shape[1] / LANES)
+        share = min(1.0, blocks / (_TASKS_PER_THREAD * torch.get_num_threads()))
+        self.most = math.ceil(int(self.widths.max()) * share)
+
+    def run(self) -> None:
+        """Take as many whole maps at a time as there is room for the tables of their RoIs."""
+        home, homes, base = 0, len(self.widths), self.arena.mark()
+        while home < homes:
+            lo = int(self.bounds[home])
+            t = _fill(self.survey, lo, self.survey.done, self.maps, _ROOM_TURNED, self.arena)
+            stop = int(np.searchsorted(self.bounds, lo + t.number, side="right")) - 1
+            if stop > home:
+                self.run_tasks(self.cut(home, stop), lo, t)
+            self.arena.rewind(base)
+            if stop == home:
+                self.run_by_parts(home)
+                stop += 1
+            home = stop
+
+    def run_by_parts(self, home: int) -> None:
+        """Take one map with RoIs for several tables; its rings are kept from one to the next."""
+        tasks, base = self.cut(home, home + 1), self.arena.mark()
+        size = int(tasks[0, backward_kernel.RING] * tasks[0, backward_kernel.SPAN])
+        size *= LANES * self.working.itemsize
+        at_once = max(1, _KEPT // size)
+        for first in range(0, len(tasks), at_once):
+            some = tasks[first : first + at_once]
+            some[:, backward_kernel.KEPT] = [self.arena.take(size) for _ in some]
+            rings, lo, stop = self.arena.mark(), int(self.bounds[home]), int(self.bounds[home + 1])
+            while lo < stop:
+                t = _fill(self.survey, lo, stop, self.maps, _ROOM_TURNED, self.arena)
+                some[:, backward_kernel.START], some[:, backward_kernel.STOP] = lo, lo + t.number
+                some[:, backward_kernel.ENDS] = lo + t.number == stop
+                self.run_tasks(some, lo, t)
+                self.arena.rewind(rings)
+                lo += t.number
+            self.arena.rewind(base)
+
+    def cut(self, home: int, stop: int) -> Array:
+        """Tasks for some maps."""
+        mine = self.maps.at[:, tables.MINE]
+        homes = [h for h in range(home, stop) if mine[h % len(mine)]]
+        height, channels = self.grad.shape[2], self.grad.shape[1]
+        return backward_kernel.cut(
+            self.widths, self.bounds, self.survey.spans, homes, height, channels, self.most
+        )
+
+    def run_tasks(self, tasks: Array, lo: int, t: Tables) -> None:
+        """Run tasks whose RoIs have tables from RoI `lo` on."""
+        if len(tasks) == 0:
+            return
+        tasks[:, [backward_kernel.START, backward_kernel.STOP]] -= lo
+        channels, height, width = self.grad.shape[1:]
+        ys = _turn(t.ys, t, height, self.working, self.arena)
+        xs = _turn(t.xs, t, width, self.working, self.arena)
+        rings, spans = tasks[:, backward_kernel.RING], tasks[:, backward_kernel.SPAN]
+        entries = int((rings * spans).max()), int(spans.max()) * height, height * width
+        job = (*self.job, _at(tasks), len(tasks), self.survey.order + 8 * lo, ys, xs, channels)
+        written = (self.maps.at[:, tables.HEIGHT] * self.maps.at[:, tables.WIDTH]).sum() * self.maps.images
+        work, line = (t.taps + int(written)) * channels, max(t.rows, t.columns, height, width) + 1
+        owned = (*self.owned, tasks)
+        _run(backward_kernel.run, job, line, entries, self.working, len(tasks), work, self.arena, owned)
 
 
 def _run(
@@ -194,6 +252,7 @@ def _run(
     dtype: torch.dtype,
     tasks: int,
     work: int,
+    arena: Arena,
     owned: object,
 ) -> None:
     """Run a kernel on the threads, each with scratch of its own: four lines of offsets, then entries.
@@ -207,58 +266,59 @@ def _run(
     def take_tasks(counter: int, memory: int) -> None:
         kernel(counter, *job, Scratch(*(memory + start for start in starts[:-1])))
 
-    threads.run(take_tasks, tasks, starts[-1], work, owned)
+    threads.run(take_tasks, tasks, starts[-1], work, arena, owned)
 
 
-def _tables(
-    rois: Tensor, rule: Rule, maps: Maps, height: int, width: int, sampling_ratio: int, aligned: bool
-) -> Tables:
-    n = len(rois)
-    tag = _WORK[rois.dtype]
-    scales = rule.scales.ctypes.data
-    map_of = torch.empty(n, dtype=torch.int64)
-    levels = 0 if rule.levels is None else rule.levels.data_ptr()
-    poolable = tables.assign(
-        tag, rois.data_ptr(), n, levels, maps.number, maps.at, scales, maps.images,
-        rule.climb.ctypes.data, len(rule.climb), rule.canonical_scale, map_of.data_ptr(),
+def _survey(
+    rois: Tensor, levels: Tensor | None, maps: Maps, pooling: Pooling, arena: Arena
+) -> tuple[Survey, int]:
+    """Put the RoIs in order; and how many cannot be pooled."""
+    tag, n = _WORK[rois.dtype], len(rois)
+    levels = None if levels is None else levels.contiguous()
+    scales, thresholds, order = _constants(
+        tuple(pooling.scales), tuple(pooling.thresholds), tuple(pooling.order), rois.dtype
+    )
+    height, width = pooling.output_size
+    problem = tables.Problem(
+        rois.data_ptr(), 0 if levels is None else levels.data_ptr(), len(maps.at), maps.images, _at(maps.at),
+        _at(scales), _at(thresholds), _at(order), len(thresholds), height, width,
+        pooling.sampling_ratio, pooling.aligned,
     )  # fmt: skip
-    lines = scratch("lines", 8 * max(maps.height, maps.width, maps.images * maps.all_heights + 1))
-
-    def axis(column: Any, bins: int, extent_column: Any) -> Table:
-        geometry: tuple[Any, ...] = (tag, rois.data_ptr(), n, maps.at, maps.number, scales, map_of.data_ptr())
-        geometry += (column, bins, extent_column)
-        taps = n * 2 * sampling_ratio * bins
-        if sampling_ratio <= 0:
-            base = scratch("base", 8 * (n + 1)).view(np.int64)
-            tables.count(*geometry, aligned, base.ctypes.data)
-            taps = int(base[n])
-        table = _empty_table(f"axis {column}", n, n * (bins + 1), taps, rois.dtype)
-        if sampling_ratio <= 0:
-            table.memory[: n + 1] = base
-        tables.fill(*geometry, sampling_ratio, aligned, lines.ctypes.data, table.at)
-        return table
-
-    ys = axis(tables.Y1, height, tables.HEIGHT)
-    xs = axis(tables.X1, width, tables.WIDTH)
-    order = torch.empty(poolable, dtype=torch.int64)
-    rows = maps.images * maps.all_heights
-    tables.sort(map_of.data_ptr(), n, maps.at, maps.number, ys.at, lines.ctypes.data, rows, order.data_ptr())
-    return Tables(map_of, order, ys, xs)
+    homes, rows = len(maps.row) - 1, int(maps.row[-1])
+    keys, spans, ends = (arena.array(size) for size in (n, homes, rows))
+    in_order = arena.take(8 * n)
+    lost = tables.survey(tag, problem, n, _at(keys), _at(maps.row), homes, _at(spans), _at(ends))
+    count = tables.sort(n, _at(keys), rows, _at(ends), in_order)
+    owned = (rois, levels, maps, scales, thresholds, order)
+    return Survey(problem, tag, in_order, count, keys, spans, ends, owned), lost
 
 
-def _empty_table(use: str, rois: int, starts: int, taps: int, dtype: torch.dtype) -> Table:
-    sizes = (rois + 1, starts, taps, taps, rois, -(-taps * dtype.itemsize // 8))
-    *ends, total = itertools.accumulate(sizes)
-    memory = scratch(use, 8 * total).view(np.int64)
-    at = memory.ctypes.data
-    return Table(tables.AxisAt(at, *(at + 8 * end for end in ends)), memory, rois, taps)
+def _fill(survey: Survey, lo: int, stop: int, maps: Maps, room: int, arena: Arena) -> Tables:
+    """Fill tables for the RoIs from number `lo` in their order on: as many as there is room for."""
+    problem, tag = survey.problem, survey.tag
+    n, order = min(stop - lo, _SLAB), survey.order + 8 * lo
+    y_base, x_base = arena.array(n + 1), arena.array(n + 1)
+    n = tables.measure(tag, problem, order, n, room, _at(y_base), _at(x_base))
+    y_taps, x_taps = int(y_base[n]), int(x_base[n])
+    ys = _axis(_at(y_base), n, n * (problem.bins_y + 1), y_taps, tag, arena)
+    xs = _axis(_at(x_base), n, n * (problem.bins_x + 1), x_taps, tag, arena)
+    homes, longest = arena.take(8 * n), int(maps.at[:, [tables.HEIGHT, tables.WIDTH]].max())
+    most = arena.array(3)
+    tables.fill(tag, problem, order, n, ys, xs, homes, arena.take(8 * longest), longest, _at(most))
+    return Tables(ys, xs, homes, n, y_taps + x_taps, *most.tolist())
 
 
-def _turned(use: str, table: Table, bins: int, dtype: torch.dtype) -> Table:
-    turned = _empty_table(use, table.rois, table.taps + table.rois, table.taps, dtype)
-    shared = {name: getattr(table.at, name) for name in ("base", "cells", "touched")}
-    turned = turned._replace(at=turned.at._replace(**shared))
-    tables.turn_around(_WORK[dtype], table.rois, bins, table.at, turned.at)
+def _axis(base: int, rois: int, starts: int, taps: int, tag: Any, arena: Arena) -> tables.AxisAt:
+    start, places, cells, touched = (arena.take(8 * size) for size in (starts, taps, taps, rois))
+    return tables.AxisAt(base, start, places, cells, touched, arena.take(tag.itemsize * taps))
+
+
+def _turn(axis: tables.AxisAt, t: Tables, bins: int, working: torch.dtype, arena: Arena) -> tables.AxisAt:
+    """The table from taps of bins on cells to taps of cells on bins."""
+    tag: Any = _WORK[working]
+    starts, taps, weights = (arena.take(size * (t.taps + t.number)) for size in (8, 8, tag.itemsize))
+    turned = axis._replace(start=starts, taps=taps, weights=weights)
+    tables.turn_around(tag, t.number, bins, axis, turned)
     return turned
 
 
@@ -268,59 +328,40 @@ def _kind(feature: Tensor, out: Tensor) -> tuple[torch.dtype, bool]:
     return feature.dtype, in_place
 
 
-def _by_kind(
-    kinds: Sequence[tuple[torch.dtype, bool]], t: Tables
-) -> Iterator[tuple[tuple[torch.dtype, bool], Tensor]]:
-    """The RoIs, in order, for each kind among the maps; nearly always there is one."""
-    if len(set(kinds)) == 1:
-        yield kinds[0], t.order
-        return
-    for kind in set(kinds):
-        served = torch.tensor([k == kind for k in kinds])
-        order = t.order[served[t.map_of[t.order] % len(kinds)]]
-        if len(order):
-            yield kind, order
+def _describe_maps(features: Sequence[Tensor], mine: Sequence[bool]) -> Maps:
+    """The maps, of which those count that are `mine`."""
+    at = np.array([(*_describe(f), m) for f, m in zip(features, mine, strict=True)], np.int64)
+    images = features[0].shape[0]
+    rows = np.cumsum(np.tile(at[:, tables.HEIGHT], images))
+    return Maps(at, images, np.concatenate(([0], rows)))
 
 
-def _describe_maps(features: Sequence[Tensor]) -> Maps:
-    rows = array("q")
-    heights, widths = [], []
-    for f in features:
-        size = f.element_size()
-        image, channel, row, column = f.stride()
-        images, _, height, width = f.shape
-        rows.extend((f.data_ptr(), image * size, channel * size, row * size, column * size, height, width))
-        heights.append(height)
-        widths.append(width)
-    return Maps(rows, len(features), images, max(heights), max(widths), sum(heights))
-
-
-def _describe_pooled(t: Tensor) -> "array[int]":
-    """See `sums.OUT_AT` and on."""
+def _describe(t: Tensor) -> Array:
+    """A row of numbers: see `tables.AT` and on."""
     size = t.element_size()
-    roi, channel, _, column = t.stride()
-    return array("q", (t.data_ptr(), roi * size, channel * size, column * size, t.shape[2], t.shape[3]))
+    return np.array((t.data_ptr(), *(size * step for step in strides(t)), *t.shape[2:]), np.int64)
 
 
-def _rule(
-    rois: Tensor,
-    levels: Tensor | None,
-    scales: Sequence[float],
-    canonical_scale: float,
-    canonical_level: float,
-) -> Rule:
-    map_scales, climb = _tables_of_scales(tuple(scales), canonical_level, rois.dtype)
-    number: Any = type(_WORK[rois.dtype])
-    if levels is not None:
-        return Rule(levels.contiguous(), climb[:0], number(canonical_scale), map_scales)
-    return Rule(None, climb, number(canonical_scale), map_scales)
+def _in_one_run(grad: Tensor) -> Tensor:
+    """The gradient, with bins that lie one after the other and channels or bins without gaps."""
+    _, channel, row, column = strides(grad)
+    width = grad.shape[3]
+    step = row if width == 1 else column
+    if row == width * column and (step == 1 or channel == 1):
+        return grad
+    return grad.contiguous()  # an expanded gradient, as that of a sum
+
+
+def _at(array: NDArray[Any]) -> int:
+    """The address of an array."""
+    at: int = array.__array_interface__["data"][0]
+    return at
 
 
 @functools.lru_cache(256)
-def _tables_of_scales(
-    scales: tuple[float, ...], canonical_level: float, dtype: torch.dtype
-) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """The scales, and equation 1 as rows `(ratio, delta)`; see `tables.assign`."""
+def _constants(
+    scales: tuple[float, ...], thresholds: tuple[float, ...], order: tuple[int, ...], dtype: torch.dtype
+) -> tuple[NDArray[np.floating], NDArray[np.floating], Array]:
+    """What the tables need of a pooling, as arrays in the working precision."""
     number: Any = type(_WORK[dtype])
-    finest, steps = staircase(scales, canonical_level, dtype)
-    return np.array(scales, number), np.array([(0.0, finest), *steps], number)
+    return np.array(scales, number), np.array(thresholds, number), np.array(order, np.int64)

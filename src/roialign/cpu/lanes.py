@@ -23,9 +23,6 @@ from .simd import (
     zeros,
 )
 
-# What `out` says of the pooled tensor: where it is, its steps in bytes, its bins.
-OUT_AT, OUT_ROI_STEP, OUT_CHANNEL_STEP, OUT_BIN_STEP, PH, PW = np.arange(6)
-
 AHEAD = np.int64(512)  # bytes; how far ahead in a long run
 REPLACE, ADD = np.bool_(False), np.bool_(True)
 

@@ -3,15 +3,16 @@
 PyTorch returns large CPU blocks to the system when a tensor dies and asks for fresh ones, page by
 page, for the next. Results of more than 4 MB are therefore laid in blocks of our own, which come
 back here when their tensor dies, and serve again: a training step or a serving loop then touches
-memory that is there. At most 512 MB lie idle, and no more than 1/32 of the machine's memory. Scratch
-stays with its thread.
+memory that is there. At most 512 MB lie idle, and no more than 1/32 of the machine's memory.
+
+Scratch is an arena that a call checks out and gives back, so a call inside a call - from a signal handler,
+from what the collector runs - has another.
 """
 
 import contextlib
 import ctypes
 import os
 import sys
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,7 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _SMALL = 4 * 2**20
-_MOST_SCRATCH = 16 * 2**20
+_TABLES = 32 * 2**20
+_SHARE = 16 * 2**20  # of a thread
+_MOST_ARENAS = 8  # that lie idle: as many calls at a time find memory that is there
 _HUGE_PAGE = 2 * 2**20
 _MADV_HUGEPAGE = 14
 
@@ -35,7 +38,7 @@ _ARRAY_TYPE = {
 
 Block = NDArray[np.uint8]
 _idle: deque[Block] = deque()
-_local = threading.local()
+_arenas: deque[Block] = deque()
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, channels_last: bool) -> Tensor:
@@ -56,36 +59,52 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, channe
     return tensor.view(dtype) if tensor.dtype != dtype else tensor
 
 
-def scratch(use: str, size: int) -> Block:
-    """Bytes for this thread, of any content, until it next asks for the same use.
+class Arena:
+    """The scratch of one call: things laid one after the other in a block that no other call has.
 
-    They are aligned to 64 bytes, and kept for the next call unless they are more than 16 MB.
+    Its pages are the system's until they are written to. A call that is torn off does not give its arena
+    back, for helpers may still use it; then it dies with the last of them.
     """
-    held: dict[str, Block] = _local.__dict__
-    block = held.get(use)
-    if block is None or len(block) < size:
-        block = np.empty(size + 64, np.uint8)
-        block = block[-block.ctypes.data % 64 :]
-        held.pop(use, None)
-        if size <= _MOST_SCRATCH:
-            held[use] = block
-    return block[:size]
 
+    def __init__(self) -> None:
+        size = _TABLES + torch.get_num_threads() * _SHARE
+        try:
+            block = _arenas.popleft()
+        except IndexError:
+            block = np.empty(0, np.uint8)
+        self._blocks = [block if len(block) >= size else np.empty(size, np.uint8)]
+        self._place = 0  # in the last block
 
-def lend() -> dict[str, Block]:
-    """This thread's scratch, which is no longer its own: it asks for other memory until it takes it back.
+    def take(self, size: int) -> int:
+        """The address of bytes of any content, aligned to 64."""
+        size = size // 64 * 64 + 64
+        if self._place + size + 64 > len(self._blocks[-1]):
+            self._blocks.append(np.empty(size + 128, np.uint8))
+            self._place = 0
+        at: int = self._blocks[-1].__array_interface__["data"][0] + self._place
+        self._place += size + -at % 64
+        return at + -at % 64
 
-    So a call that is torn off leaves to the next none that helpers may still read.
-    """
-    held: dict[str, Block] = _local.__dict__
-    lent = held.copy()
-    held.clear()
-    return lent
+    def array(self, size: int) -> NDArray[np.int64]:
+        """So many integers, of any value."""
+        at = self.take(8 * size)
+        block = self._blocks[-1]
+        start = at - block.__array_interface__["data"][0]
+        return block[start : start + 8 * size].view(np.int64)
 
+    def mark(self) -> tuple[int, int]:
+        """A place to rewind to."""
+        return len(self._blocks), self._place
 
-def take_back(lent: dict[str, Block]) -> None:
-    """Scratch that was lent and that nobody uses any more."""
-    _local.__dict__.update(lent)
+    def rewind(self, mark: tuple[int, int]) -> None:
+        """Take back all that was taken since the mark."""
+        blocks, self._place = mark
+        del self._blocks[blocks:]
+
+    def give_back(self) -> None:
+        """Let the next call have it. Nobody may use it any more."""
+        if len(_arenas) < _MOST_ARENAS:
+            _arenas.append(self._blocks[0])
 
 
 def _take(size: int) -> Block:

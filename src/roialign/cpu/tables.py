@@ -1,9 +1,10 @@
 """Where every bin of every RoI reads: the map of each RoI and, per axis, tables of taps.
 
-The tables are computed once per call and used for every channel. Along one axis of one RoI they
-list the `cells` of the map that sampling points touch, in ascending order, and for each bin the
-taps: places in that list, and weights. Taps of one bin on one cell are added up. For backward
-the tables are turned around: for each cell, bins and weights.
+The tables are computed once per call and used for every channel. First all RoIs are surveyed and put in
+order, map by map and on a map by the first row that they touch; then the tables are filled for as many RoIs
+at a time as there is room for. Along one axis of one RoI they list the `cells` of the map that sampling
+points touch, in ascending order, and for each bin the taps: places in that list, and weights. Taps of one
+bin on one cell are added up. For backward the tables are turned around: for each cell, bins and weights.
 
 Arrays are named by address, as in `simd.py`; `tag` is a number of the working precision.
 """
@@ -18,72 +19,85 @@ from .simd import get, load_one, put, size_of, store_one
 # Constants are NumPy numbers: Numba compiles a function anew for every Python int it is called with.
 ZERO, ONE = np.arange(2)
 
-# What a row of `maps` says of a map: where it is, its steps in bytes, its size.
-AT, IMAGE_STEP, CHANNEL_STEP, ROW_STEP, COLUMN_STEP, HEIGHT, WIDTH = np.arange(7)
-MAP_COLUMNS = np.int64(7)
+# How a tensor lies in memory: where it is, its steps in bytes along each axis, its size; and of a map,
+# whether its RoIs are to be done. Images are RoIs and rows are rows of bins where it is a pooled tensor.
+AT, IMAGE_STEP, CHANNEL_STEP, ROW_STEP, COLUMN_STEP, HEIGHT, WIDTH, MINE = np.arange(8)
+MAP_COLUMNS = np.int64(8)
 
-# Columns of `rois`.
-X1, Y1 = np.arange(1, 3)
+
+class Problem(NamedTuple):
+    """What the RoIs are and how they are pooled."""
+
+    rois: Any  # (K, 5) in the working precision
+    levels: Any  # (K,) or 0: then the staircase says
+    n_levels: Any
+    images: Any
+    maps: Any  # (n_levels, MAP_COLUMNS)
+    scales: Any  # (n_levels,) in the working precision
+    thresholds: Any  # (n_steps,) in the working precision; see `levels.Staircase`
+    order: Any  # (n_steps + 1,)
+    n_steps: Any
+    bins_y: Any
+    bins_x: Any
+    sampling_ratio: Any
+    aligned: Any
 
 
 class AxisAt(NamedTuple):
-    """Addresses of the tables of one axis; RoI k owns the taps and cells `base[k]:base[k + 1]`."""
+    """Addresses of the tables of one axis; RoI i of those in the tables owns `base[i]:base[i + 1]`."""
 
-    base: Any  # (K + 1,)
-    start: Any  # first tap of each bin, relative to base[k]: RoI k's from k * (bins + 1) on
+    base: Any  # (n + 1,)
+    start: Any  # first tap of each bin, relative to base[i]: RoI i's from i * (bins + 1) on
     taps: Any  # place in the list of cells
     cells: Any  # rows or columns of the map that are touched
-    touched: Any  # (K,) how many
+    touched: Any  # (n,) how many
     weights: Any  # in the working precision
 
 
-@kernel
-def assign(tag, rois, n, levels, n_levels, maps, scales, images, climb, n_climb, canonical_scale, map_of):
-    """The map `image * L + level` of each RoI, or -1 if it cannot be pooled; returns how many can.
-
-    `climb` holds the finest map and then, from fine to coarse, rows `(ratio, delta)`: a box whose
-    `size / canonical_scale` reaches `ratio` moves on by `delta`. Where there is none, `levels` are given.
-    """
+@part
+def _home(tag, problem, k):
+    """The map `image * n_levels + level` of RoI k, or -1 if it cannot be pooled."""
     number = type(tag)
     size = size_of(tag)
-    poolable = 0
-    for k in range(n):
-        roi = rois + 5 * size * k
-        image, x1, y1 = load_one(tag, roi), load_one(tag, roi + size), load_one(tag, roi + 2 * size)
-        x2, y2 = load_one(tag, roi + 3 * size), load_one(tag, roi + 4 * size)
-        level = ZERO
-        if n_climb:
-            ratio = np.sqrt((x2 - x1) * (y2 - y1)) / canonical_scale
-            for step in range(n_climb):
-                if step == 0 or ratio >= load_one(tag, climb + 2 * size * step):
-                    level += np.int64(load_one(tag, climb + 2 * size * step + size))
-        else:
-            level = get(levels, k)
-        home = -ONE
-        if 0 <= level < n_levels and image > number(-1) and image < number(images):
-            scale = load_one(tag, scales + size * level)
-            x1, y1, x2, y2 = x1 * scale, y1 * scale, x2 * scale, y2 * scale
-            if np.isfinite(x1) and np.isfinite(y1) and np.isfinite(x2 - x1) and np.isfinite(y2 - y1):
-                home = np.int64(image) * n_levels + level
-                poolable += 1
-        put(map_of, k, home)
-    return poolable
+    roi = problem.rois + 5 * size * k
+    image, x1, y1 = load_one(tag, roi), load_one(tag, roi + size), load_one(tag, roi + 2 * size)
+    x2, y2 = load_one(tag, roi + 3 * size), load_one(tag, roi + 4 * size)
+    if problem.levels:
+        level = get(problem.levels, k)
+    else:
+        step = ZERO
+        area = (x2 - x1) * (y2 - y1)
+        while step < problem.n_steps and area >= load_one(tag, problem.thresholds + step * size):
+            step += 1
+        level = get(problem.order, step)
+    if 0 <= level < problem.n_levels and image > number(-1) and image < number(problem.images):
+        scale = load_one(tag, problem.scales + size * level)
+        x1, y1, x2, y2 = x1 * scale, y1 * scale, x2 * scale, y2 * scale
+        if np.isfinite(x1) and np.isfinite(y1) and np.isfinite(x2 - x1) and np.isfinite(y2 - y1):
+            return np.int64(image) * problem.n_levels + level
+    return -ONE
 
 
 @part
-def _span(tag, rois, k, column, scale, aligned):
-    """Start and size of a RoI along one axis, in cells of the map."""
+def _span(tag, problem, k, axis, level):
+    """Start and size of RoI k along an axis, 0 for y and 1 for x, in cells of the map."""
     number = type(tag)
-    at = rois + (5 * k + column) * size_of(tag)
-    offset = number(0.5) if aligned else number(0)
+    at = problem.rois + (5 * k + 2 - axis) * size_of(tag)
+    scale = load_one(tag, problem.scales + level * size_of(tag))
+    offset = number(0.5) if problem.aligned else number(0)
     start = load_one(tag, at) * scale - offset
     size = load_one(tag, at + 2 * size_of(tag)) * scale - offset - start
-    return start, size if aligned else max(size, number(1))
+    return start, size if problem.aligned else max(size, number(1))
+
+
+@part
+def _extent(problem, axis, level):
+    return get(problem.maps, level * MAP_COLUMNS + HEIGHT + axis)
 
 
 @part
 def _visits(tag, bin_start, bin_size, extent, sampling_ratio):
-    """Grid, first point to visit and number of points to visit of one bin; see the reference."""
+    """Grid, first point to visit and number of points to visit of one bin; see `taps.lay_points`."""
     number = type(tag)
     if sampling_ratio > 0:
         return number(sampling_ratio), number(0), sampling_ratio
@@ -98,47 +112,159 @@ def _visits(tag, bin_start, bin_size, extent, sampling_ratio):
     return grid, first, np.int64(max(last - first + number(1), number(0)))
 
 
-@kernel
-def count(tag, rois, n, maps, n_levels, scales, map_of, column, bins, extent_column, aligned, base):
-    """Fill `base` for an adaptive grid: room for two taps for each point visited along one axis."""
+@part
+def _low_cell(tag, bin_start, bin_size, grid, index, extent):
+    """Of a sampling point: the cell below it, or -1 if it misses the map, and the share of the next."""
     number = type(tag)
-    total = ZERO
-    for k in range(n):
-        put(base, k, total)
-        level = get(map_of, k) % n_levels
-        extent = get(maps, level * MAP_COLUMNS + extent_column)
-        start, size = _span(tag, rois, k, column, load_one(tag, scales + level * size_of(tag)), aligned)
-        bin_size = size / number(bins)
-        for b in range(bins if get(map_of, k) >= 0 else ZERO):
-            total += 2 * _visits(tag, start + number(b) * bin_size, bin_size, extent, ZERO)[2]
-    put(base, n, total)
+    point = bin_start + (index + number(0.5)) * bin_size / grid
+    if not (point >= number(-1) and point <= number(extent)):
+        return -ONE, number(0)
+    point = max(point, number(0))
+    low = np.int64(point)
+    if low >= extent - 1:  # among integers: as a float the last cell may be rounded up, past the map
+        return extent - 1, number(0)
+    return low, point - number(low)
 
 
 @kernel
-def fill(
-    tag, rois, n, maps, n_levels, scales, map_of, column, bins, extent_column, sampling_ratio, aligned,
-    place, axis,
-):  # fmt: skip
-    """Fill the tables of one axis; `base` too unless the grid is adaptive.
+def survey(tag, problem, n, keys, rows, homes, spans, counts):
+    """Where each RoI begins; returns how many cannot be pooled.
 
-    `place` is scratch, one entry per cell.
+    Args:
+        tag: a number of the working precision.
+        problem: the RoIs.
+        n: how many.
+        keys: filled for each RoI with its first row, among the rows of all maps, map by map; -1 if it
+            cannot be pooled, and -2 if its map is not to be done.
+        rows: of each map, the number of its first row; and the number of all rows.
+        homes: how many maps there are, images times levels.
+        spans: filled, for each map, with the most rows from the first to the last that a RoI touches.
+        counts: filled for each row with the number of RoIs that begin there.
     """
-    for level in range(n_levels):
-        for cell in range(get(maps, level * MAP_COLUMNS + extent_column)):
-            put(place, cell, -ONE)
-    if sampling_ratio > 0:
-        for k in range(n + 1):
-            put(axis.base, k, 2 * sampling_ratio * bins * k)
+    for home in range(homes):
+        put(spans, home, ONE)
+    for row in range(get(rows, homes)):
+        put(counts, row, ZERO)
+    lost = ZERO
     for k in range(n):
-        put(axis.touched, k, ZERO)
-        if get(map_of, k) >= 0:
-            level = get(map_of, k) % n_levels
-            extent = get(maps, level * MAP_COLUMNS + extent_column)
-            start, size = _span(tag, rois, k, column, load_one(tag, scales + level * size_of(tag)), aligned)
-            starts, base = axis.start + 8 * k * (bins + 1), get(axis.base, k)
-            taps, weights = axis.taps + 8 * base, axis.weights + size_of(tag) * base
-            _fill_bins(tag, start, size, bins, extent, sampling_ratio, starts, taps, weights)
-            put(axis.touched, k, _list_cells(taps, get(starts, bins), axis.cells + 8 * base, place))
+        home = _home(tag, problem, k)
+        level = home % problem.n_levels
+        if home < 0:
+            put(keys, k, -ONE)
+            lost += 1
+        elif not get(problem.maps, level * MAP_COLUMNS + MINE):
+            put(keys, k, -ONE - ONE)
+        else:
+            first, last = _rows_touched(tag, problem, k, level)
+            if last >= 0:
+                put(spans, home, max(get(spans, home), last - first + 1))
+            key = get(rows, home) + (first if last >= 0 else ZERO)
+            put(keys, k, key)
+            put(counts, key, get(counts, key) + 1)
+    return lost
+
+
+@part
+def _rows_touched(tag, problem, k, level):
+    """The first and the last row of the map that RoI k touches; the last is -1 if it touches none."""
+    start, size = _span(tag, problem, k, ZERO, level)
+    extent = _extent(problem, ZERO, level)
+    bin_size = size / type(tag)(problem.bins_y)
+    lowest, highest = ONE << 40, -ONE
+    for b in range(problem.bins_y):
+        bin_start = start + type(tag)(b) * bin_size
+        grid, first, visits = _visits(tag, bin_start, bin_size, extent, problem.sampling_ratio)
+        for i in range(visits):
+            low, _share = _low_cell(tag, bin_start, bin_size, grid, first + type(tag)(i), extent)
+            if low >= 0:
+                lowest, highest = min(lowest, low), max(highest, min(low + 1, extent - 1))
+    return lowest, highest
+
+
+@kernel
+def sort(n, keys, rows, counts, order):
+    """List the RoIs in the order of their keys; returns how many have one. `counts` become row ends."""
+    total = ZERO
+    for row in range(rows):
+        start = total
+        total += get(counts, row)
+        put(counts, row, start)
+    for k in range(n):
+        key = get(keys, k)
+        if key >= 0:
+            place = get(counts, key)
+            put(counts, key, place + 1)
+            put(order, place, k)
+    return total
+
+
+@kernel
+def measure(tag, problem, order, n, room, y_base, x_base):
+    """How many RoIs there is room for, and where tables begin: two taps for each point visited."""
+    ys = xs = ZERO
+    put(y_base, 0, ZERO)
+    put(x_base, 0, ZERO)
+    for i in range(n):
+        k = get(order, i)
+        if problem.sampling_ratio > 0:
+            ys += 2 * problem.sampling_ratio * problem.bins_y
+            xs += 2 * problem.sampling_ratio * problem.bins_x
+        else:
+            level = _home(tag, problem, k) % problem.n_levels
+            ys += _count(tag, problem, k, ZERO, level, problem.bins_y)
+            xs += _count(tag, problem, k, ONE, level, problem.bins_x)
+        if i and ys + xs > room:
+            return i
+        put(y_base, i + 1, ys)
+        put(x_base, i + 1, xs)
+    return n
+
+
+@part
+def _count(tag, problem, k, axis, level, bins):
+    start, size = _span(tag, problem, k, axis, level)
+    extent = _extent(problem, axis, level)
+    bin_size = size / type(tag)(bins)
+    total = ZERO
+    for b in range(bins):
+        total += 2 * _visits(tag, start + type(tag)(b) * bin_size, bin_size, extent, ZERO)[2]
+    return total
+
+
+@kernel
+def fill(tag, problem, order, n, ys, xs, homes, place, longest, most):
+    """Fill the tables of both axes and the map of each RoI.
+
+    `place` is scratch, one entry per cell of the longest axis of all maps. `most` is
+    filled with the most rows and the most columns that a RoI touches, and the most taps that it has along x.
+    """
+    for cell in range(longest):
+        put(place, cell, -ONE)
+    rows = columns = taps = ZERO
+    for i in range(n):
+        k = get(order, i)
+        home = _home(tag, problem, k)
+        put(homes, i, home)
+        level = home % problem.n_levels
+        rows = max(rows, _fill_axis(tag, problem, k, ZERO, level, problem.bins_y, ys, i, place))
+        columns = max(columns, _fill_axis(tag, problem, k, ONE, level, problem.bins_x, xs, i, place))
+        taps = max(taps, get(xs.start, i * (problem.bins_x + 1) + problem.bins_x))
+    put(most, 0, rows)
+    put(most, 1, columns)
+    put(most, 2, taps)
+
+
+@part
+def _fill_axis(tag, problem, k, axis, level, bins, table, i, place):
+    """The tables of RoI k, as number i of its table; returns how many cells it touches."""
+    start, size = _span(tag, problem, k, axis, level)
+    starts, base = table.start + 8 * i * (bins + 1), get(table.base, i)
+    taps, weights = table.taps + 8 * base, table.weights + size_of(tag) * base
+    extent = _extent(problem, axis, level)
+    _fill_bins(tag, start, size, bins, extent, problem.sampling_ratio, starts, taps, weights)
+    touched = _list_cells(taps, get(starts, bins), table.cells + 8 * base, place)
+    put(table.touched, i, touched)
+    return touched
 
 
 @part
@@ -153,11 +279,8 @@ def _fill_bins(tag, start, size, bins, extent, sampling_ratio, starts, taps, wei
         grid, first, visits = _visits(tag, bin_start, bin_size, extent, sampling_ratio)
         opened = n
         for i in range(visits):
-            point = bin_start + (first + number(i) + number(0.5)) * bin_size / grid
-            if point >= number(-1) and point <= number(extent):
-                point = min(max(point, number(0)), number(extent - 1))
-                low = np.int64(point)
-                share = point - number(low)
+            low, share = _low_cell(tag, bin_start, bin_size, grid, first + number(i), extent)
+            if low >= 0:
                 n = _add_tap(tag, taps, weights, opened, n, low, (number(1) - share) / grid)
                 n = _add_tap(tag, taps, weights, opened, n, min(low + 1, extent - 1), share / grid)
     put(starts, bins, n)
@@ -195,36 +318,6 @@ def _list_cells(taps, n, cells, place):
     for c in range(touched):
         put(place, get(cells, c), -ONE)
     return touched
-
-
-@kernel
-def sort(map_of, n, maps, n_levels, ys, cursor, rows_in_all, order):
-    """Order the RoIs that can be pooled map by map, and on a map by the first row they touch.
-
-    `cursor` is scratch: an entry for each row of each map of each image, and one more.
-    """
-    for row in range(rows_in_all + 1):
-        put(cursor, row, ZERO)
-    rows = ZERO
-    for level in range(n_levels):
-        rows += get(maps, level * MAP_COLUMNS + HEIGHT)
-    for placing in range(2):  # count the RoIs of each row, then place them
-        for k in range(n):
-            home = get(map_of, k)
-            if home >= 0:
-                row = home // n_levels * rows
-                for level in range(home % n_levels):
-                    row += get(maps, level * MAP_COLUMNS + HEIGHT)
-                if get(ys.touched, k):
-                    row += get(ys.cells, get(ys.base, k))
-                if placing:
-                    put(order, get(cursor, row), k)
-                    put(cursor, row, get(cursor, row) + 1)
-                else:
-                    put(cursor, row + 1, get(cursor, row + 1) + 1)
-        if not placing:
-            for row in range(rows_in_all):
-                put(cursor, row + 1, get(cursor, row + 1) + get(cursor, row))
 
 
 @kernel

@@ -17,9 +17,10 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
-from . import memory
+from .memory import Arena
 
 _WORTH_A_THREAD = 500_000
+_TINY = 5e-324  # a denormal number: zero where those are flushed
 _MOST = max(32, os.cpu_count() or 1)
 
 
@@ -55,12 +56,12 @@ class _Offer:
 
 _offers: "SimpleQueue[_Offer]" = SimpleQueue()
 _helpers = 0
-_lock = threading.Lock()
+_lock = threading.RLock()  # a signal handler may pool while its own thread holds it
 
 
 def _forget_helpers() -> None:
     global _offers, _helpers, _lock
-    _offers, _helpers, _lock = SimpleQueue(), 0, threading.Lock()
+    _offers, _helpers, _lock = SimpleQueue(), 0, threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
@@ -86,40 +87,42 @@ def _wake(wanted: int) -> int:
 
 
 def run(
-    kernel: Callable[[int, int], None], tasks: int, scratch_bytes: int, work: int, owned: object = None
+    kernel: Callable[[int, int], None], tasks: int, share: int, work: int, arena: Arena, owned: object = None
 ) -> None:
     """Run `kernel(counter_address, scratch_address)` on as many threads as the work deserves.
 
     Args:
         kernel: takes tasks by adding one to the counter until there is none.
         tasks: how many there are.
-        scratch_bytes: each thread's own memory, kept for the next call.
+        share: bytes of scratch that each thread has of its own.
         work: about how many numbers are read; a thread must be worth waking.
-        owned: what the kernel reads and writes. It lives until the last helper is done, even if the
-            caller does not wait for that.
+        arena: where the shares are laid.
+        owned: what the kernel reads and writes. It lives, as the arena does, until the last helper is
+            done, even if the caller does not wait for that.
     """
     counter = np.zeros(1, np.int64)
-    address = counter.ctypes.data
-    mine = memory.scratch("tasks", scratch_bytes)
+    address = counter.__array_interface__["data"][0]
     wanted = min(torch.get_num_threads(), tasks, 1 + work // _WORTH_A_THREAD) - 1
     if wanted < 1:
-        kernel(address, mine.ctypes.data)
+        kernel(address, arena.take(share))
         return
+    flush = _TINY * 1.0 == 0.0
 
-    def help_out() -> None:
-        own = memory.scratch("tasks", scratch_bytes)
-        kernel(address, own.ctypes.data)
+    def help_out(memory: int) -> Callable[[], None]:
+        def work() -> None:
+            torch.set_flush_denormal(flush)  # a thread's own; with another the sums would have other bits
+            kernel(address, memory)
 
-    lent = memory.lend()
-    offers = [_Offer(help_out, (counter, lent, owned)) for _ in range(_wake(wanted))]
+        return work
+
+    offers = [_Offer(help_out(arena.take(share)), (counter, arena, owned)) for _ in range(_wake(wanted))]
     try:
         for offer in offers:
             _offers.put(offer)
-        kernel(address, mine.ctypes.data)
+        kernel(address, arena.take(share))
     finally:
         for offer in offers:
             offer.close()
-    memory.take_back(lent)
     for offer in offers:
         if offer.error is not None:
             raise offer.error

@@ -53,8 +53,8 @@ def _reach(start, size, extent):
 @triton.jit(do_not_specialize=["count", "images", "tiles", "words"])
 def touch(
     mask, heights, widths, first_tiles, tiles, words,
-    rois, levels, count, images, scales, canonical_scale, thresholds,
-    FINEST: tl.constexpr, DELTAS: tl.constexpr, ALIGNED: tl.constexpr,
+    rois, levels, count, images, scales, thresholds,
+    ORDER: tl.constexpr, ALIGNED: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
     """Who touches whom: bit `i` of word `w` of a tile says whether RoI `32 * w + i` may touch it.
@@ -65,8 +65,8 @@ def touch(
     word, block = tl.program_id(0) % words, tl.program_id(0) // words
     bit = tl.arange(0, 32)
     poolable, level, image, y_start, y_size, x_start, x_size = locate(
-        rois, levels, (word * 32 + bit).to(tl.int64), count, images, scales, canonical_scale, thresholds,
-        FINEST, DELTAS, ALIGNED,
+        rois, levels, (word * 32 + bit).to(tl.int64), count, images, scales, thresholds,
+        ORDER, ALIGNED,
     )  # fmt: skip
     top, bottom = _reach(y_start, y_size, whole_of(heights, level).to(dtype))
     left, right = _reach(x_start, x_size, whole_of(widths, level).to(dtype))

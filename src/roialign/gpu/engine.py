@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..levels import staircase
-from ..ops import is_channels_last
-from ..reference import empty as empty
+from .. import reference
+from ..layout import empty as empty
+from ..layout import is_channels_last, strides
+from ..levels import Staircase
+from ..schema import Pooling
 from . import backward as backward_kernels
 from . import forward as forward_kernel
 
@@ -27,13 +29,11 @@ _TOUCH_TILES = 32
 
 
 class Rule(NamedTuple):
-    """Scales and equation 1, as kernels take them."""
+    """Scales and the staircase, as kernels take them."""
 
     scales: tuple[tuple[float, ...], ...]
-    canonical_scale: tuple[float, ...]
     thresholds: tuple[tuple[float, ...], ...]
-    finest: int
-    deltas: tuple[int, ...]
+    order: tuple[int, ...]
 
 
 def plain(n: int) -> int:
@@ -63,26 +63,26 @@ def forward(
     features: Sequence[Tensor],
     rois: Tensor,
     levels: Tensor | None,
-    scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_scale: float,
-    canonical_level: float,
+    pooling: Pooling,
 ) -> None:
     """Pool every RoI from its map; see `reference.forward`."""
+    if _too_wide(features, rois.dtype):
+        reference.forward(out, features, rois, levels, pooling)
+        return
     count, channels, *bins = out.shape
-    rule = _rule(tuple(scales), canonical_scale, canonical_level, rois.dtype)
+    rule = _rule(tuple(pooling.scales), pooling.staircase, rois.dtype)
+    sampling_ratio, aligned = pooling.sampling_ratio, pooling.aligned
     for maps, mine in _by_dtype(features):
         innermost = _innermost(maps, out)
         block_bins, block_channels = _forward_blocks(math.prod(bins), channels, innermost, sampling_ratio)
         blocks = math.ceil(math.prod(bins) / block_bins) * math.ceil(channels / block_channels)
         with _device_of(rois):
             forward_kernel.forward[(count * blocks,)](
-                out, tuple(map(plain, out.stride())), *_describe(maps), rois.contiguous(),
+                out, tuple(map(plain, strides(out))), *_describe(maps), rois.contiguous(),
                 None if levels is None else levels.contiguous(), count, len(features[0]), channels,
-                rule.scales, rule.canonical_scale, rule.thresholds,
-                FINEST=rule.finest, DELTAS=rule.deltas, MINE=mine, BINS_Y=bins[0], BINS_X=bins[1],
-                RATIO=max(sampling_ratio, 0), ALIGNED=aligned,
+                rule.scales, rule.thresholds,
+                ORDER=rule.order, MINE=mine, BINS_Y=bins[0], BINS_X=bins[1],
+                RATIO=sampling_ratio, ALIGNED=aligned,
                 INNERMOST=innermost, BLOCK_BINS=block_bins, BLOCK_CHANNELS=block_channels,
                 **_OPTIONS, **({} if innermost else _registers(rois, 96 if sampling_ratio > 0 else 128)),
             )  # fmt: skip
@@ -93,20 +93,20 @@ def backward(
     grad: Tensor,
     rois: Tensor,
     levels: Tensor | None,
-    scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_scale: float,
-    canonical_level: float,
+    pooling: Pooling,
 ) -> None:
     """The adjoint of `forward` in the features; see `reference.backward`.
 
     A small launch makes a bit mask of which RoIs may touch which tiles of the maps. Then each tile is
     summed up by programs of its own, in the order of the RoIs: no atomics, and no zeros written first.
     """
+    if _too_wide(grads, rois.dtype):
+        reference.backward(grads, grad, rois, levels, pooling)
+        return
     count, channels, *bins = grad.shape
     rois = rois.contiguous()
-    rule = _rule(tuple(scales), canonical_scale, canonical_level, rois.dtype)
+    rule = _rule(tuple(pooling.scales), pooling.staircase, rois.dtype)
+    sampling_ratio, aligned = pooling.sampling_ratio, pooling.aligned
     first_tiles, tiles = _tiles(tuple((len(g), *g.shape[2:]) for g in grads))
     words = math.ceil(count / 32)
     mask = torch.empty((tiles, words), dtype=torch.int32, device=rois.device)
@@ -116,8 +116,8 @@ def backward(
             backward_kernels.touch[(words * math.ceil(tiles / _TOUCH_TILES),)](
                 mask, heights, widths, first_tiles, tiles, words,
                 rois, None if levels is None else levels.contiguous(), count, len(grads[0]),
-                rule.scales, rule.canonical_scale, rule.thresholds,
-                FINEST=rule.finest, DELTAS=rule.deltas, ALIGNED=aligned,
+                rule.scales, rule.thresholds,
+                ORDER=rule.order, ALIGNED=aligned,
                 TILE_Y=_TILE_Y, TILE_X=_TILE_X, BLOCK_TILES=_TOUCH_TILES, **_OPTIONS,
             )  # fmt: skip
     innermost = all(map(is_channels_last, grads))
@@ -128,9 +128,9 @@ def backward(
     for maps, mine in _by_dtype(grads):
         with _device_of(rois):
             backward_kernels.backward[(tiles * math.ceil(channels / block_channels),)](
-                *_describe(maps), grad, tuple(map(plain, grad.stride())), mask, first_tiles, tiles, words,
+                *_describe(maps), grad, tuple(map(plain, strides(grad))), mask, first_tiles, tiles, words,
                 rois, channels, rule.scales,
-                MINE=mine, BINS_Y=bins[0], BINS_X=bins[1], RATIO=max(sampling_ratio, 0), ALIGNED=aligned,
+                MINE=mine, BINS_Y=bins[0], BINS_X=bins[1], RATIO=sampling_ratio, ALIGNED=aligned,
                 INNERMOST=innermost, TILE_Y=_TILE_Y, TILE_X=_TILE_X, BLOCK_CHANNELS=block_channels, RUN=run,
                 **_OPTIONS, **_registers(rois, 168 if sampling_ratio > 0 else 208),
             )  # fmt: skip
@@ -157,9 +157,14 @@ def _tiles(sizes: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], int]:
     return tuple(map(plain, starts)), total
 
 
+def _too_wide(maps: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether a map has cells that the kernels, which count them in floats, cannot tell apart."""
+    return dtype == torch.float32 and max(max(m.shape[2:]) for m in maps) > 2**24
+
+
 def _describe(maps: Sequence[Tensor]) -> tuple[tuple[Any, ...], ...]:
     """Pointers, then image, channel, row and column strides, heights and widths: a tuple over levels each."""
-    rows = [(*map(plain, m.stride()), *map(plain, m.shape[2:])) for m in maps]
+    rows = [(*map(plain, strides(m)), *map(plain, m.shape[2:])) for m in maps]
     return tuple(maps), *zip(*rows, strict=True)
 
 
@@ -180,7 +185,7 @@ def _innermost(maps: Sequence[Tensor], out: Tensor) -> int:
     """0 if channels are not innermost, else what the strides of everything else are multiples of."""
     if not all(map(is_channels_last, (*maps, out))):
         return 0
-    return math.gcd(16, *(t.stride(axis) for t in (*maps, out) for axis in (0, 2, 3)))
+    return math.gcd(16, *(strides(t)[axis] for t in (*maps, out) for axis in (0, 2, 3)))
 
 
 @functools.lru_cache(256)
@@ -200,15 +205,10 @@ def _power_of_two(n: int) -> int:
 
 
 @functools.lru_cache(256)
-def _rule(
-    scales: tuple[float, ...], canonical_scale: float, canonical_level: float, dtype: torch.dtype
-) -> Rule:
-    finest, steps = staircase(scales, canonical_level, dtype)
-    steps = steps or ((math.inf, 0),)
+def _rule(scales: tuple[float, ...], staircase: Staircase, dtype: torch.dtype) -> Rule:
+    thresholds = staircase.thresholds or (math.inf,)
     return Rule(
         tuple(exact(scale, dtype) for scale in scales),
-        exact(canonical_scale, dtype),
-        tuple(exact(ratio, dtype) for ratio, _ in steps),
-        finest,
-        tuple(delta for _, delta in steps),
+        tuple(exact(threshold, dtype) for threshold in thresholds),
+        staircase.order if staircase.thresholds else staircase.order * 2,
     )

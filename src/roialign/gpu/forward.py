@@ -65,8 +65,8 @@ def _most(number, RATIO: tl.constexpr):
 @triton.jit(do_not_specialize=["count", "images"])
 def forward(
     out, out_strides, features, image_strides, channel_strides, row_strides, column_strides,
-    heights, widths, rois, levels, count, images, channels, scales, canonical_scale, thresholds,
-    FINEST: tl.constexpr, DELTAS: tl.constexpr, MINE: tl.constexpr,
+    heights, widths, rois, levels, count, images, channels, scales, thresholds,
+    ORDER: tl.constexpr, MINE: tl.constexpr,
     BINS_Y: tl.constexpr, BINS_X: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr,
     INNERMOST: tl.constexpr, BLOCK_BINS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +85,7 @@ def forward(
     bins = rest % bin_blocks * BLOCK_BINS + tl.arange(0, BLOCK_BINS)
     channel = (rest // bin_blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)).to(tl.int64)
     poolable, level, image, y_start, y_size, x_start, x_size = locate(
-        rois, levels, k, count, images, scales, canonical_scale, thresholds, FINEST, DELTAS, ALIGNED
+        rois, levels, k, count, images, scales, thresholds, ORDER, ALIGNED
     )
     if (MINE >> level) & 1 == 0:
         return

@@ -74,15 +74,6 @@ def divide(a, b):
 
 
 @triton.jit
-def root(a):
-    """Correctly rounded, which `sqrt` is in float64 alone."""
-    if a.dtype == tl.float32:
-        return tl.sqrt_rn(a)
-    else:
-        return tl.sqrt(a)
-
-
-@triton.jit
 def share(a, grid, RATIO: tl.constexpr):
     """`a / grid`, correctly rounded. To divide by a power of two is to multiply."""
     if RATIO > 0 and (RATIO & (RATIO - 1)) == 0:
@@ -93,8 +84,7 @@ def share(a, grid, RATIO: tl.constexpr):
 
 @triton.jit
 def locate(
-    rois, levels, k, count, images, scales, canonical_scale, thresholds,
-    FINEST: tl.constexpr, DELTAS: tl.constexpr, ALIGNED: tl.constexpr,
+    rois, levels, k, count, images, scales, thresholds, ORDER: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Where RoI `k` lies, or a vector of them: level, image, and start and size of either axis in cells.
 
@@ -109,10 +99,10 @@ def locate(
     x2 = tl.load(row + 3, mask=here, other=0)
     y2 = tl.load(row + 4, mask=here, other=0)
     if levels is None:
-        ratio = divide(root((x2 - x1) * (y2 - y1)), number(canonical_scale, dtype))
-        level = tl.where(here, FINEST, 0).to(tl.int64)
-        for step in tl.static_range(len(DELTAS)):
-            level += tl.where(ratio >= number(thresholds[step], dtype), DELTAS[step], 0)
+        area = (x2 - x1) * (y2 - y1)
+        level = tl.where(here, ORDER[0], 0).to(tl.int64)
+        for step in tl.static_range(len(thresholds)):
+            level = tl.where(area >= number(thresholds[step], dtype), ORDER[step + 1], level)
     else:
         level = tl.load(levels + k, mask=here, other=-1)
     exists = (level >= 0) & (level < len(scales)) & (image > -1) & (image < images)

@@ -1,0 +1,79 @@
+"""What the two operators take: their schemas, and the named tuple that travels through all signatures."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .levels import Staircase
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class Pooling(NamedTuple):
+    """How regions are pooled: what follows the levels in every signature, in the order of the schemas."""
+
+    output_size: Sequence[int]  # bins per axis
+    scales: Sequence[float]  # cells of each map per pixel of the image
+    sampling_ratio: int  # sampling points per bin and axis; 0: as many as the bin has cells, rounded up
+    aligned: bool  # whether cell centres lie at whole numbers, and small boxes are not widened
+    thresholds: Sequence[float]  # the staircase of the pyramid; see `levels.Staircase`
+    order: Sequence[int]
+
+    @property
+    def staircase(self) -> Staircase:
+        """Which map serves which box, where no levels are given."""
+        return Staircase(tuple(self.thresholds), tuple(self.order))
+
+
+class Maps(NamedTuple):
+    """What backward must know of the maps, in the order of its schema."""
+
+    shape: Sequence[int]  # N, C, then H, W of each map
+    dtypes: Sequence[int]  # indices into DTYPES
+    channels_last: Sequence[bool]
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """`(H, W)` of each map."""
+        return list(zip(self.shape[2::2], self.shape[3::2], strict=True))
+
+
+# Lists, so that other ranks, scales per axis and other rules need no other schema.
+_POOLING = (
+    "SymInt[] output_size, float[] scales, int sampling_ratio, bool aligned, float[] thresholds, int[] order"
+)
+_FORWARD = f"multiscale_roi_align(Tensor[] features, Tensor rois, Tensor? levels, {_POOLING}) -> Tensor"
+_BACKWARD = (
+    "multiscale_roi_align_backward(Tensor grad, Tensor rois, Tensor? levels, "
+    f"SymInt[] shape, int[] dtypes, bool[] channels_last, {_POOLING}) -> Tensor[]"
+)
+
+# A copy of the package inside another one has operators of its own, named after where it lies.
+NAMESPACE = (__package__ or "roialign").replace(".", "_")
+
+
+def _define() -> torch.library.Library:
+    """Define the operators; those of an earlier import of the same package, since forgotten, are withdrawn.
+
+    So a purge of `sys.modules`, as notebooks and plug-in reloaders make it, does no harm.
+    """
+    operators = getattr(torch.ops, NAMESPACE)
+    earlier = operators.__dict__.get("_library")
+    if earlier is not None:
+        earlier._destroy()
+    try:
+        library = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise ImportError(
+            f"the operators of {__package__} are defined already, by another file: {error}"
+        ) from error
+    library.define(_FORWARD)  # type: ignore[no-untyped-call]
+    library.define(_BACKWARD)  # type: ignore[no-untyped-call]
+    operators._library = library
+    return library
+
+
+LIBRARY: Any = _define()
+pool: Any = getattr(torch.ops, NAMESPACE).multiscale_roi_align.default
+scatter: Any = getattr(torch.ops, NAMESPACE).multiscale_roi_align_backward.default
