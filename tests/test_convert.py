@@ -203,7 +203,8 @@ def by_area(boxlists):
     ("state", "kept"),
     [
         ({}, False),
-        ({"scales": [1 / 4, 1 / 8], "map_levels": LevelMapper(2, 3)}, False),  # inferred
+        ({"scales": [1 / 4, 1 / 8], "map_levels": LevelMapper(2, 3, 100, 3)}, False),  # inferred
+        ({"scales": [1 / 4, 1 / 8], "map_levels": LevelMapper(2, 3, 30)}, True),
         ({"scales": [1 / 14, 1 / 28], "map_levels": LevelMapper(4, 5)}, True),
         ({"scales": [1 / 4, 1 / 8], "map_levels": by_area}, True),
         ({"scales": [1 / 14, 1 / 28], "map_levels": by_area}, True),
@@ -224,6 +225,7 @@ def test_scales_set_by_hand_are_kept_and_inferred_ones_dropped(state, kept):
     "state",
     [
         {"scales": [1 / 4, 1 / 8], "map_levels": by_area},
+        {"scales": [1 / 4, 1 / 8], "map_levels": LevelMapper(2, 3, 30)},
         {"scales": [1 / 5, 1 / 9], "map_levels": LevelMapper(2, 3, 30)},
         {"scales": [1 / 14, 1 / 28]},
         {"map_levels": by_area},

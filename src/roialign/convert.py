@@ -1,6 +1,5 @@
 """Make the poolers of an existing model ours."""
 
-import math
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -45,7 +44,7 @@ def convert_poolers(model: M) -> M:
 
     torchvision stores the scales it inferred from its first call; those are dropped, since ours
     are inferred anew on each call. Scales and a `map_levels` set by hand (scales that are no powers
-    of two, a mapper that is not torchvision's) are kept.
+    of two, a mapper that is not the one torchvision infers with them) are kept.
 
     Args:
         model: any module. `find_poolers` says where its poolers are looked for.
@@ -149,18 +148,6 @@ def _convert(module: Any) -> None:
 
     from .torchvision import MultiScaleRoIAlign
 
-    by_hand = _set_by_hand(module)
+    state = pooler.from_torchvision(vars(module))
     module.__class__ = MultiScaleRoIAlign
-    module.aligned = False
-    if not by_hand:
-        module.scales = module.map_levels = None
-
-
-def _set_by_hand(pooler: Any) -> bool:
-    """Whether scales and mapper are a user's, rather than what torchvision inferred and stored."""
-    from torchvision.ops.poolers import LevelMapper
-
-    if pooler.scales is None or pooler.map_levels is None:  # then torchvision infers both anew
-        return False
-    inferable = all(scale == 0.5 ** round(-math.log2(scale)) for scale in pooler.scales)
-    return not (inferable and type(pooler.map_levels) is LevelMapper)
+    vars(module).update(state)
