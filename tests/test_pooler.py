@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import sys
 
 import pytest
 import torch
@@ -111,6 +112,55 @@ def test_subclass_is_an_instance_of_both():
 def test_copies_pool_alike(duplicate):
     pooler = roialign.MultiScaleRoIAlign(NAMES, 7, 2, scales=SCALES, aligned=True)
     assert torch.equal(duplicate(pooler)(maps(), BOXES), pooler(maps(), BOXES))
+
+
+def unpickled_as_ours(pooler: torch.nn.Module) -> torch.nn.Module:
+    """Pickled as torchvision's, loaded where our classes stand in the place of torchvision's."""
+    pickled = pickle.dumps(pooler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchvision.ops.poolers.MultiScaleRoIAlign", roialign.torchvision.MultiScaleRoIAlign)
+        patch.setattr("torchvision.ops.poolers.LevelMapper", roialign.LevelMapper)
+        patch.setattr(sys.modules["torchvision.ops.roi_align"], "RoIAlign", roialign.RoIAlign)
+        loaded = pickle.loads(pickled)
+    assert isinstance(loaded, roialign.MultiScaleRoIAlign | roialign.RoIAlign)
+    return loaded
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("absent", [[], ["canonical_scale", "canonical_level"]], ids=["new", "old"])
+def test_pickles_of_torchvisions_pooler_load_as_ours(absent, used):
+    """Also one made after a call, which stored the scales of that call, with images of another size."""
+    theirs = peer.MultiScaleRoIAlign(NAMES, 3, 2)
+    small = [random_boxes([5], image_size=(64, 64)), [(64, 64)]]
+    if used:
+        theirs(dict(zip(NAMES, pyramid([2, 4, 8, 16], image_size=(64, 64)), strict=True)), *small)
+    for name in absent:
+        delattr(theirs, name)
+    loaded = unpickled_as_ours(theirs)
+    expected = peer.MultiScaleRoIAlign(NAMES, 3, 2)
+    assert repr(loaded) == repr(expected)
+    torch.testing.assert_close(loaded(maps(), BOXES, [SIZE]), expected(maps(), BOXES, [SIZE]))
+    assert torch.equal(copy.deepcopy(loaded)(maps(), BOXES, [SIZE]), loaded(maps(), BOXES, [SIZE]))
+
+
+def test_what_was_set_by_hand_survives_in_a_pickle_of_torchvisions_pooler():
+    theirs = peer.MultiScaleRoIAlign(NAMES, 3, 2)
+    theirs.scales, theirs.map_levels = SCALES, LevelMapper(2, 5, canonical_scale=50)
+    loaded = unpickled_as_ours(theirs)
+    torch.testing.assert_close(loaded(maps(), BOXES, [SIZE]), theirs(maps(), BOXES, [SIZE]))
+
+
+def test_what_torchvision_could_have_inferred_stays_in_a_pickle_of_ours():
+    ours = roialign.MultiScaleRoIAlign(NAMES, 3, 2, scales=SCALES, map_levels=LevelMapper(2, 5))
+    assert pickle.loads(pickle.dumps(ours)).scales == SCALES
+
+
+def test_a_pickle_of_torchvisions_roi_align_loads_as_ours():
+    theirs = peer.RoIAlign(3, 1 / 8, 2)
+    del theirs.aligned  # before torchvision 0.6
+    feature, boxes = maps(images=1)["1"], random_boxes([10], image_size=SIZE)
+    expected = peer.roi_align(feature, boxes, 3, 1 / 8, 2)
+    torch.testing.assert_close(unpickled_as_ours(theirs)(feature, boxes), expected)
 
 
 @pytest.mark.parametrize("names", [["2", "0"], ["0", "2", "absent"], ["2", "x", "0"]], ids=str)

@@ -1,10 +1,15 @@
 """The modules: signature, representation and state. No maths."""
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from . import functional  # as a module, so that torch.fx finds the functions it keeps whole
+
+# By name: torchvision need not be installed, nor its class stand where it stood.
+LEVEL_MAPPERS = ("torchvision.ops.poolers.LevelMapper", "roialign.levels.LevelMapper")
 
 
 class MultiScaleRoIAlign(nn.Module):
@@ -37,6 +42,11 @@ class MultiScaleRoIAlign(nn.Module):
         >>> pooler(x, boxes, [(256, 256)]).shape
         torch.Size([1, 8, 7, 7])
     """
+
+    # What a pickle of torchvision's class lacks, whichever its version, where this class stands in its place.
+    aligned = False
+    canonical_scale = 224
+    canonical_level = 4
 
     def __init__(
         self,
@@ -100,11 +110,40 @@ class MultiScaleRoIAlign(nn.Module):
             self.map_levels,
         )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = state if "aligned" in state else from_torchvision(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
     def __repr__(self) -> str:
         shown = ["featmap_names", "output_size", "sampling_ratio"]
         defaults = {"aligned": False, "scales": None, "map_levels": None}
         shown += [name for name, default in defaults.items() if getattr(self, name) is not default]
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)}' for name in shown)})"
+
+
+def from_torchvision(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a `torchvision.ops.MultiScaleRoIAlign` as one of ours, without what it inferred."""
+    inferred = {"scales": None, "map_levels": None} if _inferred(state) else {}
+    return {**state, "aligned": False, **inferred}
+
+
+def _inferred(state: dict[str, Any]) -> bool:
+    """Whether torchvision inferred scales and mapper, rather than a user set them by hand."""
+    scales, mapper = state.get("scales"), state.get("map_levels")
+    if scales is None or mapper is None:  # then torchvision infers both anew
+        return True
+    if f"{type(mapper).__module__}.{type(mapper).__qualname__}" not in LEVEL_MAPPERS:
+        return False
+    if any(math.frexp(scale)[0] != 0.5 for scale in scales):  # not all are powers of two
+        return False
+    by_shapes = {
+        "k_min": -math.log2(scales[0]),
+        "k_max": -math.log2(scales[-1]),
+        "s0": state.get("canonical_scale", 224),
+        "lvl0": state.get("canonical_level", 4),
+        "eps": 1e-6,
+    }
+    return bool(vars(mapper) == by_shapes)
 
 
 class RoIAlign(nn.Module):
@@ -116,6 +155,8 @@ class RoIAlign(nn.Module):
         sampling_ratio: sampling points per bin and axis; adaptive if not positive.
         aligned: shift boxes by half a cell.
     """
+
+    aligned = False  # for a pickle of torchvision's before it had the argument
 
     def __init__(
         self,
