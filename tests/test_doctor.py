@@ -1,9 +1,11 @@
+import os
 import subprocess
 import sys
 from types import ModuleType
 
 import pytest
 import torch
+from processes import SOURCE
 
 import roialign
 from roialign import doctor, ops, reference
@@ -18,7 +20,8 @@ def test_doctor_names_packages_engines_and_passes(capsys):
     for device in ("cpu", "cuda", "mps", "xpu"):
         assert device in printed
     assert ops.engine("cpu").__name__ in printed
-    assert "cpu with the reference in float64 passed: largest difference" in printed
+    for dtype in ("float32", "float64", "float16", "bfloat16"):
+        assert f"cpu {dtype} with the reference in float64 passed: largest difference" in printed
     assert "Everything checked is right." in printed
 
 
@@ -46,21 +49,104 @@ def test_where_an_engine_cannot_be_imported_the_reference_serves_and_doctor_says
     assert "roialign.no_such_engine cannot be used: No module named" in printed
 
 
+def wrong_engine(monkeypatch, **functions):
+    wrong = ModuleType("wrong")
+    wrong.__dict__.update(vars(reference), **functions)
+    monkeypatch.setitem(sys.modules, "wrong", wrong)
+    monkeypatch.setitem(ops.ENGINES, "cpu", "wrong")
+    monkeypatch.setattr(ops, "_load", ops._load.__wrapped__)
+
+
 def test_a_wrong_engine_fails_the_check(monkeypatch):
     pytest.importorskip("torchvision")
-    wrong = ModuleType("wrong")
-    wrong.empty, wrong.backward = reference.empty, reference.backward
 
     def forward(out, *args):
         reference.forward(out, *args)
         out[0, 0, 0, 0] += 1e-3
 
-    wrong.forward = forward
-    monkeypatch.setitem(sys.modules, "wrong", wrong)
-    monkeypatch.setitem(ops.ENGINES, "cpu", "wrong")
+    wrong_engine(monkeypatch, forward=forward)
     for check in (doctor.device_check("cpu"), doctor.torchvision_check()):
         assert not check.passed
         assert check.result.startswith("FAILED: largest difference 1.")
+
+
+@pytest.mark.parametrize("dtype", doctor.dtypes_of("cpu"))
+def test_every_dtype_is_held_to_its_own_rounding(dtype, monkeypatch):
+    def forward(out, *args):
+        reference.forward(out, *args)
+        out += 2 * doctor.tolerance(out.dtype)
+
+    assert doctor.device_check("cpu", dtype).passed
+    wrong_engine(monkeypatch, forward=forward)
+    assert not doctor.device_check("cpu", dtype).passed
+
+
+def test_a_nan_in_the_last_gradient_fails_the_check(monkeypatch):
+    def backward(grads, *args):
+        reference.backward(grads, *args)
+        grads[-1][0, 0, 0, 0] = torch.nan
+
+    wrong_engine(monkeypatch, backward=backward)
+    check = doctor.device_check("cpu")
+    assert not check.passed
+    assert check.result == "FAILED: largest difference nan"
+
+
+# Runs when Python starts, doctor and the processes that it starts: an engine that does this in float16.
+DYING = """
+import os, sys, types
+import torch
+from roialign import ops, reference
+
+def forward(out, *args):
+    if out.dtype == torch.float16:
+        {what}
+    reference.forward(out, *args)
+
+engine = types.ModuleType("dying")
+engine.__dict__.update(vars(reference), forward=forward)
+sys.modules["dying"] = engine
+ops.ENGINES["cpu"] = "dying"
+"""
+posix = pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
+
+
+@posix
+def test_an_engine_that_ends_the_process_is_reported_and_the_rest_is_checked(tmp_path):
+    what = "print('LLVM ERROR: no symbol', file=sys.stderr, flush=True); os.abort()"
+    (tmp_path / "sitecustomize.py").write_text(DYING.format(what=what))
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{SOURCE}"}
+    command = [sys.executable, "-m", "roialign", "doctor"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    printed = " ".join(done.stdout.split())
+    assert done.returncode == 1, done.stderr
+    title = "with the reference in float64"
+    assert f"cpu float16 {title} FAILED: the process was ended by SIGABRT: LLVM ERROR: no symbol " in printed
+    for dtype in ("float32", "float64", "bfloat16"):
+        assert f"cpu {dtype} {title} passed" in printed
+    assert "The self-check FAILED: do not trust results." in printed
+
+
+@posix
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [("os.kill(os.getpid(), 11)", "was ended by SIGSEGV"), ("os._exit(7)", "ended with status 7")],
+)
+def test_how_a_process_ended_is_told(what, how, monkeypatch, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(DYING.format(what=what))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{SOURCE}")
+    (check,) = doctor.outcomes(["cpu float16"])
+    assert check == ("cpu float16 with the reference in float64", f"FAILED: the process {how}", False)
+
+
+def test_an_engine_that_does_not_answer_is_reported(monkeypatch):
+    monkeypatch.setattr(doctor, "PATIENCE", 0.01)
+    (check,) = doctor.outcomes(["cpu float64"])
+    assert check == ("cpu float64 with the reference in float64", "FAILED: no answer in 0.01 s", False)
+
+
+def test_no_signal_is_too_strange_to_be_told():
+    assert doctor._ending(-200, "") == "the process was ended by 200"
 
 
 def test_cache_folder_is_shown_where_the_engine_has_one(monkeypatch):

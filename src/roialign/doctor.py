@@ -4,7 +4,11 @@ import argparse
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import platform
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -39,9 +43,11 @@ PACKAGES = (
 
 # Features and weights lie in [0, 1]; the coordinates, of at most 16 cells, carry rounding errors of
 # some 16 * 2^-24, and a value changes by at most one per cell on either axis.
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # in float32
+PATIENCE = 900  # seconds, for a slow machine that compiles everything
 
 _NAMES = ["p2", "p3", "p4", "p5"]
+_ANSWER = "roialign answers "
 
 
 class Check(NamedTuple):
@@ -61,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     print_table("Packages", ("package", "version", "used for", "to get it"), package_rows())
     print_table("Engines", ("device", "available", "engine"), engine_rows())
     print_table("Settings", ("setting", "value"), setting_rows())
-    checks = [*device_checks(), torchvision_check()]
+    checks = list(outcomes(comparisons()))
     print_table("Self-check", ("comparison", "result"), [(c.what, c.result) for c in checks])
     passed = all(check.passed for check in checks)
     print("Everything checked is right." if passed else "The self-check FAILED: do not trust results.")
@@ -157,28 +163,100 @@ def setting_rows() -> list[tuple[str, str]]:
     return rows
 
 
-def device_checks() -> Iterator[Check]:
-    """Compare the engine of every device that is there with the reference in float64."""
-    for device in ("cpu", "cuda", "mps", "xpu"):
-        if availability(device) != "no":
-            yield device_check(device)
+def comparisons() -> list[str]:
+    """Names of what is compared: every device that is there in every dtype it has, and torchvision."""
+    devices = [device for device in ("cpu", "cuda", "mps", "xpu") if availability(device) != "no"]
+    return [*(f"{device} {dtype}" for device in devices for dtype in dtypes_of(device)), "torchvision"]
 
 
-def device_check(device: str) -> Check:
+def dtypes_of(device: str) -> list[str]:
+    """Names of the dtypes of maps that a device can hold."""
+    lacks = device == "mps"
+    if device == "xpu":
+        lacks = not getattr(torch.xpu.get_device_properties(), "has_fp64", True)
+    return [str(d).removeprefix("torch.") for d in ops.DTYPES if not (lacks and d == torch.float64)]
+
+
+def outcomes(names: Sequence[str]) -> Iterator[Check]:
+    """Compare in a process of its own: one that ends it is reported, and another goes on with the rest."""
+    while names:
+        checks, end = _outcomes_of_process(names)
+        yield from checks
+        names = names[len(checks) :]
+        if names:
+            yield Check(_title(names[0]), f"FAILED: {end}", False)
+            names = names[1:]
+
+
+def _outcomes_of_process(names: Sequence[str]) -> tuple[list[Check], str]:
+    """The outcomes that it gave, and how it ended."""
+    program = f"import sys; sys.path[:] = {sys.path!r}; from roialign import doctor; doctor.answer({names!r})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    with process:
+        try:
+            out, err = process.communicate(timeout=PATIENCE)
+            end = _ending(process.returncode, err)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, _ = process.communicate()
+            end = f"no answer in {PATIENCE} s"
+    lines = [line.removeprefix(_ANSWER) for line in out.splitlines() if line.startswith(_ANSWER)]
+    return [Check(*json.loads(line)) for line in lines], end
+
+
+def _ending(status: int, errors: str) -> str:
+    how = f"the process ended with status {status}"
+    if status < 0:
+        known = {s.value for s in signal.Signals}
+        how = f"the process was ended by {signal.Signals(-status).name if -status in known else -status}"
+    return ": ".join([how, *errors.strip().splitlines()[-1:]])
+
+
+def answer(names: Sequence[str]) -> None:
+    """Compare, and print each outcome for the process that waits for it."""
+    for name in names:
+        check = torchvision_check() if name == "torchvision" else device_check(*name.split())
+        print(f"\n{_ANSWER}{json.dumps(check)}", flush=True)
+
+
+def _title(name: str) -> str:
+    return "cpu with torchvision" if name == "torchvision" else f"{name} with the reference in float64"
+
+
+def device_check(device: str, dtype: str = "float32") -> Check:
     """Values and gradients, for both kinds of sampling, aligned or not."""
-    what = f"{device} with the reference in float64"
+    what = _title(f"{device} {dtype}")
+    kind: torch.dtype = getattr(torch, dtype)
+    cases = [(sampling_ratio, aligned) for sampling_ratio in (2, -1) for aligned in (False, True)]
     try:
-        error = max(
-            _error(device, sampling_ratio, aligned) for sampling_ratio in (2, -1) for aligned in (False, True)
-        )
+        error = max_or_nan([_error(device, kind, *case) for case in cases])
     except Exception as failure:  # the report is for installations where anything may go wrong
         return Check(what, f"FAILED: {first_line(failure)}", False)
-    return _verdict(what, error)
+    return _verdict(what, error, tolerance(kind))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Of the largest value: what sums in the working precision may be off, and one rounding of the result."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    sums = torch.float32 if half else dtype
+    rounding = torch.finfo(dtype).eps / 2 if half else 0.0
+    return TOLERANCE * torch.finfo(sums).eps / torch.finfo(torch.float32).eps + rounding
+
+
+def max_or_nan(errors: Sequence[float]) -> float:
+    """The largest, or a NaN if there is one, which `max` may pass over."""
+    return float(torch.tensor(errors, dtype=torch.float64).max())
 
 
 def torchvision_check() -> Check:
     """Compare values with `torchvision.ops.MultiScaleRoIAlign`, if it is there."""
-    what = "cpu with torchvision"
+    what = _title("torchvision")
     if importlib.util.find_spec("torchvision") is None:
         return Check(what, "skipped: torchvision is missing", True)
     pyramid, boxes = _sample()
@@ -193,7 +271,7 @@ def torchvision_check() -> Check:
         ours = MultiScaleRoIAlign(_NAMES, 7, 2, canonical_scale=28)(*arguments)
     except Exception as failure:
         return Check(what, f"FAILED: {first_line(failure)}", False)
-    return _verdict(what, float((ours - theirs).abs().max()))
+    return _verdict(what, float((ours - theirs).abs().max()), TOLERANCE)
 
 
 def first_line(error: BaseException) -> str:
@@ -211,27 +289,30 @@ def _sample() -> tuple[dict[str, Tensor], Tensor]:
     return pyramid, torch.tensor(boxes, dtype=torch.float32)
 
 
-def _error(device: str, sampling_ratio: int, aligned: bool) -> float:
+def _error(device: str, dtype: torch.dtype, sampling_ratio: int, aligned: bool) -> float:
     """The largest deviation from the reference in float64, over values and gradients."""
-    got = _values_and_gradients(device, torch.float32, sampling_ratio, aligned)
+    got = _values_and_gradients(device, dtype, dtype, sampling_ratio, aligned)
     with ops.use_reference():
-        expected = _values_and_gradients("cpu", torch.float64, sampling_ratio, aligned)
+        expected = _values_and_gradients("cpu", dtype, torch.float64, sampling_ratio, aligned)
     # A cell's gradient sums over many bins; relative to the largest it is as exact as a value.
-    return max(float((g - e).abs().max() / e.abs().max()) for g, e in zip(got, expected, strict=True))
+    return max_or_nan(
+        [float((g - e).abs().max() / e.abs().max()) for g, e in zip(got, expected, strict=True)]
+    )
 
 
 def _values_and_gradients(
-    device: str, dtype: torch.dtype, sampling_ratio: int, aligned: bool
+    device: str, given: torch.dtype, dtype: torch.dtype, sampling_ratio: int, aligned: bool
 ) -> list[Tensor]:
-    """Pooled values and the gradient of each map, in float64 on the CPU."""
+    """Pooled values and the gradient of each map, of numbers that `given` can hold; in float64 on the CPU."""
     pyramid, boxes = _sample()
-    maps = {name: f.to(device, dtype).requires_grad_() for name, f in pyramid.items()}
+    maps = {name: f.to(given).to(device, dtype).requires_grad_() for name, f in pyramid.items()}
     pooler = MultiScaleRoIAlign(_NAMES, 7, sampling_ratio, canonical_scale=28, aligned=aligned)
     pooled = pooler(maps, [boxes.to(device)], [(64, 64)])
-    gradients = torch.autograd.grad(pooled.square().sum(), list(maps.values()))
+    weights = torch.rand(pooled.shape, generator=torch.Generator().manual_seed(1)).to(given)
+    gradients = torch.autograd.grad(pooled, list(maps.values()), weights.to(device, dtype))
     return [t.detach().cpu().double() for t in (pooled, *gradients)]
 
 
-def _verdict(what: str, error: float) -> Check:
-    passed = error <= TOLERANCE  # false for a NaN
+def _verdict(what: str, error: float, allowed: float) -> Check:
+    passed = error <= allowed  # false for a NaN
     return Check(what, f"{'passed' if passed else 'FAILED'}: largest difference {error:.1e}", passed)

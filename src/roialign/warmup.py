@@ -28,8 +28,6 @@ GRIDS = {"fixed": 2, "adaptive": 0}
 
 Step = TypeVar("Step")
 
-_CHANNELS = 16  # the fewest that channels_last maps are read in place with
-
 
 class Variant(NamedTuple):
     """What kernels are compiled for, by name."""
@@ -109,17 +107,25 @@ def variants(dtypes: Iterable[str]) -> list[Variant]:
 
 def compile_variant(variant: Variant) -> None:
     """Pool forward and backward from two tiny maps, which compiles or loads whatever that takes."""
-    features = [
-        torch.zeros(1, _CHANNELS, size, size, dtype=DTYPES[variant.dtype])
-        .contiguous(memory_format=LAYOUTS[variant.layout])
-        .requires_grad_()
-        for size in (8, 4)
-    ]
     boxes = [torch.tensor([[1.0, 1.0, 9.0, 9.0], [0.0, 0.0, 30.0, 30.0]])]
-    pooled = multiscale_roi_align(
-        features, boxes, 2, scales=[1 / 4, 1 / 8], sampling_ratio=GRIDS[variant.grid]
-    )
-    torch.autograd.grad(pooled, features, torch.zeros_like(pooled))
+    scales, ratio = [1 / 4, 1 / 8], GRIDS[variant.grid]
+    for channels in channel_counts():
+        features = [
+            torch.zeros(1, channels, size, size, dtype=DTYPES[variant.dtype])
+            .contiguous(memory_format=LAYOUTS[variant.layout])
+            .requires_grad_()
+            for size in (8, 4)
+        ]
+        pooled = multiscale_roi_align(features, boxes, 2, scales=scales, sampling_ratio=ratio)
+        torch.autograd.grad(pooled, features, torch.zeros_like(pooled), retain_graph=True)
+        torch.autograd.grad(pooled.sum(), features)  # whose gradient is one number, expanded
+
+
+def channel_counts() -> tuple[int, ...]:
+    """Numbers of channels that are served by different kernels: few, and as many as are read in place."""
+    from .cpu.direct import WIDE  # with Numba: not before it is needed
+
+    return 1, int(WIDE)
 
 
 def track(title: str, steps: Sequence[Step]) -> Iterator[Step]:

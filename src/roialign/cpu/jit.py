@@ -1,84 +1,71 @@
 """How kernels are compiled: without the GIL, and kept on disk where that is possible."""
 
 import hashlib
+import importlib.util
 import logging
 import os
-import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import pkgutil
+import sys
+from collections.abc import Callable
+from types import CodeType, ModuleType
 from typing import Any
 
+import numba
 from numba import config, njit
-from numba.core import caching
-from numba.core.compiler_lock import global_compiler_lock as _compiling
-from numba.core.serialize import dumps
 
 _log = logging.getLogger("roialign")
 _folder: str | None = None
-
-# Numba compiles anew when a kernel's own file changes; but a kernel contains those that it calls. So
-# the stamp is of all files, and of what they say: times do not survive in a container image.
-_STAMP = hashlib.sha256(
-    b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
-).hexdigest()
-_BESIDE = str(Path(__file__).parent / "__pycache__")
 _said = False
 
-if hasattr(os, "register_at_fork"):  # a child must not wait for a thread of its parent's to finish compiling
-    os.register_at_fork(
-        before=_compiling.acquire, after_in_parent=_compiling.release, after_in_child=_compiling.release
-    )
+if config.DISABLE_JIT:  # kernels mean nothing to Python: the reference must serve
+    raise ImportError("Numba is told not to compile (NUMBA_DISABLE_JIT)")
 
 
-class _Files(caching.IndexDataCacheFile):
-    """Numba's files of compiled kernels, of which none is used that is not what it is taken for.
-
-    A file can be damaged. It can also be another's: Numba writes the index first and the kernel after, so
-    where processes meet or a disk fills up between the two, the index names a kernel for other types or of
-    an older source. All these count as absent: the kernel is compiled, and written over them.
-
-    What is not in the folder may be beside the source, compiled ahead by someone who could write there.
-    """
-
-    def __init__(self, folder: str, name: str) -> None:
-        super().__init__(folder, name, _STAMP)
-        self._beside = None if config.CACHE_DIR or folder == _BESIDE else _Files(_BESIDE, name)
-
-    def save(self, key: Any, data: Any) -> None:
-        kernel = dumps(data)
-        super().save(key, (self._proof(key, kernel), kernel))
-
-    def load(self, key: Any) -> Any:
-        try:
-            proof, kernel = super().load(key) or (b"", b"")
-            if proof == self._proof(key, kernel):
-                return pickle.loads(kernel)
-        except Exception:  # what is damaged can raise anything
-            pass
-        return self._beside.load(key) if self._beside else None
-
-    def _load_index(self) -> Any:
-        try:
-            return super()._load_index()
-        except Exception:  # also where it may not be read
-            return {}
-
-    def _proof(self, key: Any, kernel: bytes) -> bytes:
-        name = repr((self._version, self._source_stamp, key)).encode()
-        return hashlib.sha256(name + kernel).digest()
-
-
-@contextmanager
-def _content_to_read() -> Iterator[None]:
-    """Let Numba use a folder that it cannot write, if it is there; else it does not even look into it."""
-    locator = caching._CacheLocator
-    ensure = locator.ensure_cache_path
-    locator.ensure_cache_path = lambda self: os.stat(self.get_cache_path())
+def _fork_between_compilations() -> None:
+    """Let a child not wait for a thread of its parent's to finish compiling, which there never does."""
     try:
-        yield
-    finally:
-        locator.ensure_cache_path = ensure
+        from numba.core.compiler_lock import global_compiler_lock as compiling
+
+        acquire, release = compiling.acquire, compiling.release
+    except (ImportError, AttributeError):  # not documented
+        _log.warning("Numba %s: a fork while another thread compiles may hang", numba.__version__)
+        return
+    os.register_at_fork(before=acquire, after_in_parent=release, after_in_child=release)
+
+
+if hasattr(os, "register_at_fork"):
+    _fork_between_compilations()
+
+
+def _stamp(package: ModuleType) -> str | None:
+    """A hash of the bytecode of a package, or None if that cannot be read.
+
+    Numba compiles anew when a kernel's own file changes; but a kernel contains those that it calls. And
+    it is compiled from bytecode, which is there in a zip, and without source, too.
+    """
+    hasher = hashlib.sha256()
+    try:
+        for name in sorted(module.name for module in pkgutil.iter_modules(package.__path__)):
+            spec: Any = importlib.util.find_spec(f"{package.__name__}.{name}")
+            hasher.update(f"{name} {_gist(spec.loader.get_code(spec.name))}".encode())
+    except Exception:  # an importer of another kind
+        return None
+    return hasher.hexdigest()
+
+
+def _gist(value: Any) -> str:
+    """What bytecode does, in the same words in every process and folder: neither lines nor paths count."""
+    if isinstance(value, CodeType):
+        arguments = (value.co_argcount, value.co_posonlyargcount, value.co_kwonlyargcount, value.co_flags)
+        names = (value.co_names, value.co_varnames, value.co_freevars, value.co_cellvars)
+        return repr((value.co_code, arguments, names, *map(_gist, value.co_consts)))
+    if isinstance(value, (tuple, frozenset)):
+        parts = map(_gist, value)
+        return repr(sorted(parts) if isinstance(value, frozenset) else list(parts))
+    return repr(value)
+
+
+_STAMP = _stamp(sys.modules[__package__])
 
 
 def part(function: Callable[..., Any]) -> Any:
@@ -93,31 +80,30 @@ def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function when it is first called, for the types it is called with.
 
     Compiled kernels are kept beside the source, or, where that cannot be written, in the user's cache
-    folder (`NUMBA_CACHE_DIR` overrides both). Where neither can, or the disk is full, each process
-    compiles anew what is not there already, and the log says so once.
+    folder (`NUMBA_CACHE_DIR` overrides both). Where neither can, or the disk is full, or this Numba keeps
+    them in a way of its own, each process compiles anew what is not there already, and the log says so once.
     """
+    try:
+        return _kept(function)
+    except Exception as error:  # whatever it is, it is no reason to be without the engine
+        _say(error)
+        return njit(nogil=True, no_cfunc_wrapper=True)(function)
+
+
+def _kept(function: Callable[..., Any]) -> Any:
     global _folder
+    from . import kept  # a Numba without what this uses must fail here
+
+    if _STAMP is None:
+        raise RuntimeError("what they are made of cannot be read")
     try:
         compiled = njit(nogil=True, cache=True, no_cfunc_wrapper=True)(function)
-        _folder = compiled._cache.cache_path
+        _folder = kept.check_files(compiled, _STAMP, _say)
     except RuntimeError as error:  # "no locator available"
         _say(error)
-        try:
-            with _content_to_read():
-                compiled = njit(nogil=True, cache=True, no_cfunc_wrapper=True)(function)
-        except RuntimeError:
-            return njit(nogil=True, no_cfunc_wrapper=True)(function)
-    cache = compiled._cache
-    cache._cache_file = _Files(cache.cache_path, cache._impl.filename_base)
-    save = cache.save_overload
-
-    def save_or_say(*args: Any) -> None:
-        try:
-            save(*args)
-        except OSError as error:
-            _say(error)
-
-    cache.save_overload = save_or_say
+        with kept.content_to_read():
+            compiled = njit(nogil=True, cache=True, no_cfunc_wrapper=True)(function)
+        kept.check_files(compiled, _STAMP, _say)
     return compiled
 
 
@@ -130,4 +116,6 @@ def _say(error: Exception) -> None:
     global _said
     if not _said:
         _said = True
-        _log.warning("compiled kernels cannot be kept, each process compiles anew: %s", error)
+        expected = isinstance(error, (OSError, RuntimeError))
+        reason = error if expected else f"Numba {numba.__version__}: {type(error).__name__}: {error}"
+        _log.warning("compiled kernels cannot be kept, each process compiles anew: %s", reason)

@@ -14,6 +14,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
+from . import half
+
 LANES = 16
 
 _HALF = types.uint16
@@ -49,22 +51,22 @@ def _storage_ir(storage: Any) -> ir.Type:
     return _work_ir(storage)
 
 
-def _widen(builder: ir.IRBuilder, value: ir.Value, storage: Any, n: int) -> ir.Value:
+def _widen(context: Any, builder: ir.IRBuilder, value: ir.Value, storage: Any, n: int) -> ir.Value:
     """Storage -> work, for a vector of `n`."""
     floats, ints = ir.VectorType(ir.FloatType(), n), ir.VectorType(ir.IntType(32), n)
     if storage == _HALF:
-        return builder.fpext(builder.bitcast(value, ir.VectorType(ir.HalfType(), n)), floats)
+        return half.widen(builder, value, n, native=half.converts(context))
     if storage == _BFLOAT:  # the upper half of a float32
         wide = builder.zext(value, ints)
         return builder.bitcast(builder.shl(wide, ir.Constant(ints, [16] * n)), floats)
     return value
 
 
-def _round(builder: ir.IRBuilder, value: ir.Value, storage: Any, n: int) -> ir.Value:
+def _round(context: Any, builder: ir.IRBuilder, value: ir.Value, storage: Any, n: int) -> ir.Value:
     """Work -> storage, to nearest even, for a vector of `n`."""
     shorts, ints = ir.VectorType(ir.IntType(16), n), ir.VectorType(ir.IntType(32), n)
     if storage == _HALF:
-        return builder.bitcast(builder.fptrunc(value, ir.VectorType(ir.HalfType(), n)), shorts)
+        return half.narrow(builder, value, n, native=half.converts(context))
     if storage == _BFLOAT:
 
         def splat(number: int) -> ir.Constant:
@@ -87,16 +89,18 @@ def _convert(builder: ir.IRBuilder, value: ir.Value, work: Any, n: int) -> ir.Va
     return builder.fpext(value, wanted) if work == types.float64 else builder.fptrunc(value, wanted)
 
 
-def _load(builder: ir.IRBuilder, address: ir.Value, storage: Any, n: int) -> ir.Value:
+def _load(context: Any, builder: ir.IRBuilder, address: ir.Value, storage: Any, n: int) -> ir.Value:
     element = _storage_ir(storage)
     vector = ir.VectorType(element, n)
     pointer = builder.inttoptr(address, vector.as_pointer())
     value = builder.load(pointer, align=storage.bitwidth // 8)
-    return _widen(builder, value, storage, n)
+    return _widen(context, builder, value, storage, n)
 
 
-def _store(builder: ir.IRBuilder, address: ir.Value, value: ir.Value, storage: Any, n: int) -> None:
-    value = _round(builder, _convert(builder, value, work_type(storage), n), storage, n)
+def _store(
+    context: Any, builder: ir.IRBuilder, address: ir.Value, value: ir.Value, storage: Any, n: int
+) -> None:
+    value = _round(context, builder, _convert(builder, value, work_type(storage), n), storage, n)
     pointer = builder.inttoptr(address, value.type.as_pointer())
     builder.store(value, pointer, align=storage.bitwidth // 8)
 
@@ -107,7 +111,7 @@ def load(typing: Any, tag: Any, address: Any) -> Any:
     sig = Lanes(work_type(tag))(tag, types.intp)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _load(builder, args[1], tag, LANES)
+        return _load(context, builder, args[1], tag, LANES)
 
     return sig, codegen
 
@@ -118,7 +122,7 @@ def store(typing: Any, tag: Any, address: Any, value: Any) -> Any:
     sig = types.void(tag, types.intp, value)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _store(builder, args[1], args[2], tag, LANES)
+        _store(context, builder, args[1], args[2], tag, LANES)
         return context.get_dummy_value()
 
     return sig, codegen
@@ -158,7 +162,7 @@ def load_one(typing: Any, tag: Any, address: Any) -> Any:
     sig = work_type(tag)(tag, types.intp)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.extract_element(_load(builder, args[1], tag, 1), ir.IntType(32)(0))
+        return builder.extract_element(_load(context, builder, args[1], tag, 1), ir.IntType(32)(0))
 
     return sig, codegen
 
@@ -171,7 +175,7 @@ def store_one(typing: Any, tag: Any, address: Any, value: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         vector = ir.VectorType(args[2].type, 1)
         single = builder.insert_element(ir.Constant(vector, ir.Undefined), args[2], ir.IntType(32)(0))
-        _store(builder, args[1], single, tag, 1)
+        _store(context, builder, args[1], single, tag, 1)
         return context.get_dummy_value()
 
     return sig, codegen
@@ -189,7 +193,7 @@ def transpose8(
         rows = []
         for i in range(8):
             address = builder.add(src, builder.mul(src_step, src_step.type(i)))
-            rows.append(_load(builder, address, src_tag, 8))
+            rows.append(_load(context, builder, address, src_tag, 8))
         low = ir.Constant(ir.VectorType(ir.IntType(32), 8), [0, 8, 1, 9, 2, 10, 3, 11])
         high = ir.Constant(ir.VectorType(ir.IntType(32), 8), [4, 12, 5, 13, 6, 14, 7, 15])
         for _ in range(3):  # three perfect shuffles of the rows transpose the tile
@@ -197,7 +201,7 @@ def transpose8(
             rows = [builder.shuffle_vector(a, b, mask) for a, b in pairs for mask in (low, high)]
         for i, row in enumerate(rows):
             address = builder.add(dst, builder.mul(dst_step, dst_step.type(i)))
-            _store(builder, address, row, dst_tag, 8)
+            _store(context, builder, address, row, dst_tag, 8)
         return context.get_dummy_value()
 
     return sig, codegen
