@@ -312,3 +312,26 @@ def test_more_than_two_to_the_31_outputs():
     reference.backward([weight], torch.ones_like(pooled[:1]), one, None, pooling)
     # Sums of 172,000 equal terms in float32: their roundings need not cancel.
     torch.testing.assert_close(grad.double(), rois * weight, rtol=2e-2, atol=0)
+
+
+def test_a_map_with_more_cells_in_a_row_than_float32_can_count():
+    """`float32(extent - 1)` rounds up to the extent: the cell after the last must not be read."""
+    width = 2**24 + 4
+    memory = torch.zeros(width + 64)
+    memory[width:] = torch.nan  # not the map's
+    for shape in ((1, 1, 1, width), (1, 1, width, 1)):
+        leaf = memory[:width].view(shape).requires_grad_()
+        start, stop = width - 20.0, width + 40.0
+        wide = shape[3] == width
+        box = torch.tensor([[0, start, 0, stop, 1] if wide else [0, 0, start, 1, stop]])
+        size = (1, 8) if wide else (8, 1)
+        for ratio in (2, 0):
+            out = roi_align(leaf, box, size, 1.0, ratio)
+            assert (out == 0).all()
+            (grad,) = torch.autograd.grad(out.sum(), leaf)
+            with ops.use_reference():
+                expected = roi_align(leaf, box, size, 1.0, ratio)
+                assert (expected == 0).all()
+                (same,) = torch.autograd.grad(expected.sum(), leaf)
+            torch.testing.assert_close(grad.flatten()[-64:], same.flatten()[-64:])
+            assert grad.flatten()[-1] > 0

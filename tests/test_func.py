@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 
 import roialign
@@ -171,3 +172,107 @@ def test_jit_trace():
     for count in (0, 1, 7):
         other = random_boxes([count], image_size=SIZE, seed=1)[0]
         assert torch.equal(traced(feature, other), roialign.roi_align(feature, [other], 2, 1 / 4, 2))
+
+
+# forward mode and batches of gradients, without and with torch.func; boxes close over
+
+
+X = torch.randn(1, 2, 6, 6, dtype=torch.float64)
+TANGENT = torch.randn_like(X)
+REGIONS = torch.tensor([[0, 1, 1, 4, 4], [0, 0, 0, 5, 5]], dtype=torch.float64)
+
+
+def pool_x(x):
+    return roialign.roi_align(x, REGIONS, (2, 3), 0.5, 2)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_dual_numbers(requires_grad):
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(X.clone().requires_grad_(requires_grad), TANGENT)
+        value, tangent = forward_ad.unpack_dual(pool_x(dual))
+    torch.testing.assert_close(value, pool_x(X))
+    torch.testing.assert_close(tangent, pool_x(TANGENT))
+
+
+def test_dual_numbers_on_some_of_the_maps_and_of_the_gradient():
+    """The derivative of backward, and maps without a tangent."""
+    other = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    levels = torch.tensor([0, 1])
+
+    def pool(x, y):
+        boxes = [REGIONS[:, 1:]]
+        return roialign.multiscale_roi_align([x, y], boxes, 2, [0.5, 0.25], 2, levels=levels)
+
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(X.clone().requires_grad_(), TANGENT)
+        out = pool(x, other)
+        torch.testing.assert_close(forward_ad.unpack_dual(out).tangent, pool(TANGENT, other * 0))
+        square = (out * out).sum()
+        grads = torch.autograd.grad(square, (x, other))
+        tangents = [forward_ad.unpack_dual(g).tangent for g in grads]
+    leaves = X.clone().requires_grad_(), other
+    expected = torch.autograd.grad((2 * pool(*leaves) * pool(TANGENT, other.detach() * 0)).sum(), leaves)
+    for tangent, e in zip(tangents, expected, strict=True):
+        torch.testing.assert_close(tangent, e)
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # PyTorch's own
+def test_linearize():
+    value, linear = torch.func.linearize(pool_x, X)
+    torch.testing.assert_close(value, pool_x(X))
+    torch.testing.assert_close(linear(TANGENT), pool_x(TANGENT))
+
+
+@pytest.mark.filterwarnings("ignore:We've integrated functorch into PyTorch")
+@pytest.mark.parametrize("strategy", ["forward-mode", "reverse-mode"])
+def test_jacobian_vectorized(strategy):
+    def jacobian(**options):
+        return torch.autograd.functional.jacobian(pool_x, X, **options)
+
+    torch.testing.assert_close(jacobian(vectorize=True, strategy=strategy), jacobian())
+
+
+def test_a_batch_of_gradients():
+    leaf = X.clone().requires_grad_()
+    out = pool_x(leaf)
+    grads = torch.randn(5, *out.shape, dtype=torch.float64)
+    (batch,) = torch.autograd.grad(out, leaf, grads, is_grads_batched=True, retain_graph=True)
+    for one, g in zip(batch, grads, strict=True):
+        torch.testing.assert_close(one, torch.autograd.grad(out, leaf, g, retain_graph=True)[0])
+
+
+def test_gradcheck_of_every_kind():
+    leaf = X.clone().requires_grad_()
+    assert torch.autograd.gradcheck(pool_x, leaf, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradcheck(pool_x, leaf, check_forward_ad=True, check_batched_forward_grad=True)
+    assert torch.autograd.gradgradcheck(
+        lambda x: pool_x(x).pow(2), leaf, check_fwd_over_rev=True, check_rev_over_rev=True
+    )
+
+
+def test_functionalize():
+    torch.testing.assert_close(torch.func.functionalize(pool_x)(X), pool_x(X))
+
+    def of_a_list(x):
+        return roialign.multiscale_roi_align([x, x * 2], [REGIONS[:, 1:]], 2, [0.5, 0.25], 2)
+
+    torch.testing.assert_close(torch.func.functionalize(of_a_list)(X), of_a_list(X))
+
+
+@pytest.mark.parametrize("way", ["dual numbers", "jvp"])
+def test_a_tangent_of_boxes_is_refused_by_name(way):
+    boxes = REGIONS[:, 1:]
+
+    def pool(boxes):
+        return roialign.roi_align(X, [boxes], 2, 0.5, 2)
+
+    def dual(boxes):
+        with forward_ad.dual_level():
+            return pool(forward_ad.make_dual(boxes, torch.ones_like(boxes)))
+
+    def jvp(boxes):
+        return torch.func.jvp(pool, (boxes,), (torch.ones_like(boxes),))
+
+    with pytest.raises(NotImplementedError, match="boxes must not carry a tangent"):
+        (jvp if way == "jvp" else dual)(boxes)

@@ -1,6 +1,7 @@
 """What `import roialign` brings in, what it exports, and what works without the optional packages."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -127,3 +128,63 @@ else:
 def test_the_blocker_blocks(tmp_path):
     with pytest.raises(AssertionError, match="No module named 'torchvision'"):
         run("import torchvision", blocked=["torchvision"], tmp_path=tmp_path)
+
+
+TWICE = """
+import sys, torch, roialign
+def pool(package):
+    x = torch.rand(1, 2, 8, 8, requires_grad=True)
+    out = package.roi_align(x, [torch.tensor([[1.0, 1, 5, 5]])], 2, 1.0, 2)
+    out.sum().backward()
+    assert x.grad.sum() == 8
+    def call(x):
+        return package.roi_align(x, [torch.tensor([[1.0, 1, 5, 5]])], 2)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), call(x))
+"""
+
+
+def test_imported_again_after_a_purge(tmp_path):
+    """As notebooks and plug-in reloaders do it; what was imported before goes on working."""
+    program = """
+first = roialign
+for again in range(3):
+    for name in [n for n in sys.modules if n.split(".")[0] == "roialign"]:
+        del sys.modules[name]
+    import roialign
+    assert roialign is not first
+    pool(roialign)
+    with roialign.ops.use_reference():
+        pool(roialign)
+pool(first)
+"""
+    run(TWICE + program, tmp_path=tmp_path)
+
+
+def test_a_copy_inside_another_package_beside_the_installed_one(tmp_path):
+    copy = tmp_path / "app" / "_vendor" / "roialign"
+    shutil.copytree(Path(roialign.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    program = """
+import app._vendor.roialign as mine
+assert mine is not roialign
+for _ in range(2):
+    pool(mine)
+    pool(roialign)
+with mine.ops.use_reference():
+    assert roialign.ops.ENGINES and not mine.ops.ENGINES
+    pool(mine)
+assert torch.ops.app__vendor_roialign.multiscale_roi_align is not torch.ops.roialign.multiscale_roi_align
+"""
+    run(TWICE + program, tmp_path=tmp_path)
+
+
+def test_operators_of_the_name_that_are_another_librarys(tmp_path):
+    program = """
+import torch
+library = torch.library.Library("roialign", "DEF")
+try:
+    import roialign
+except ImportError as error:
+    print(error)
+"""
+    assert "the operators of roialign are defined already, by another file" in run(program, tmp_path=tmp_path)

@@ -185,3 +185,82 @@ def test_inferred_scale_of_one_axis_is_torchvisions(cells, stride, shape):
     assert levels.infer_scales([(cells, cells)], [(height, width)]) == [theirs]
     assert levels.infer_scales([(cells, cells)], [(width, height)]) == [theirs]
     assert levels.infer_scales([(cells, cells)], [(cells << stride, cells << stride)]) == [0.5**stride]
+
+
+EQUATION_1 = [(224, 4), (224.0, 4.0), (28, 4), (100, 3), (7.3, 2.5), (1e-3, 0), (56, -2), (1000, 9.75)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("canonical_scale", "canonical_level"), EQUATION_1)
+def test_the_staircase_is_equation_1_beside_every_step(canonical_scale, canonical_level, dtype):
+    """The areas within some floats of a step are assigned as torchvision's mapper assigns them."""
+    scales = [2.0**-k for k in range(2, 7)]
+    steps = levels.staircase(scales, canonical_scale, canonical_level, dtype)
+    assert list(steps.thresholds) == sorted(steps.thresholds)
+    integers = torch.int32 if dtype == torch.float32 else torch.int64
+    area = torch.tensor(steps.thresholds, dtype=dtype)
+    area = (area.view(integers)[:, None] + torch.arange(-9, 10)).to(integers).view(dtype).flatten()
+    area = torch.cat((area, torch.tensor([0.0, 1e-30, 1e30, torch.inf, -1.0, torch.nan], dtype=dtype)))
+    boxes = torch.stack((area * 0, area * 0, torch.ones_like(area), area), 1).nan_to_num(torch.nan, torch.inf)
+    boxes[:, :2] = 0  # (1 - 0) * (area - 0) is the area itself
+    for mapper_class in (roialign.LevelMapper, peer.LevelMapper):
+        mapper = mapper_class(2, 6, canonical_scale, canonical_level)
+        defined = area >= 0  # torchvision makes no level of a NaN
+        assert torch.equal(steps.levels(boxes)[defined], mapper([boxes])[defined])
+    assert steps.levels(boxes)[~defined].eq(0).all()
+
+
+def in_fake_mode(call):
+    with torch._subclasses.FakeTensorMode():
+        return call()
+
+
+def on_another_default_device(call):
+    with torch.device("meta"):
+        return call()
+
+
+def while_tracing(call):
+    results = []
+
+    def traced(x):
+        results.append(call())
+        return x + 1
+
+    torch.jit.trace(traced, torch.ones(1))
+    return results[0]
+
+
+def under_a_transform(call):
+    results = []
+
+    def f(x):
+        results.append(call())
+        return x.sum()
+
+    torch.func.vmap(torch.func.grad(f))(torch.ones(2, 3))
+    return results[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("mode", [in_fake_mode, on_another_default_device, while_tracing, under_a_transform])
+def test_the_staircase_is_found_whatever_mode_is_active(mode):
+    scales = [1 / 4, 1 / 8, 1 / 16]
+    expected = levels.staircase(scales, 224, 4, torch.float32)
+    levels._staircase.cache_clear()
+    assert mode(lambda: levels.staircase(scales, 224, 4, torch.float32)) == expected
+    assert all(type(threshold) is float for threshold in expected.thresholds)
+
+
+def test_numbers_that_vary_stay_numbers_for_the_compiler():
+    """A float argument becomes a symbol when it changes; the staircase needs its value."""
+    maps = [torch.rand(1, 2, 16 >> i, 16 >> i) for i in range(3)]
+    boxes = [torch.tensor([[0.0, 0, 60, 60], [3, 3, 30, 20], [9, 9, 20, 22]])]
+
+    def pool(canonical_scale, stride):
+        scales = [1 / stride, 0.5 / stride, 0.25 / stride]
+        return roialign.multiscale_roi_align(maps, boxes, 2, scales, 2, canonical_scale=canonical_scale)
+
+    compiled = torch.compile(pool, fullgraph=True, backend="eager")
+    for scale, stride in ((28.0, 4.0), (14.0, 4.0), (31.5, 3.5), (30, 4), (7.7, 5.25)):
+        torch.testing.assert_close(compiled(scale, stride), pool(scale, stride))

@@ -110,6 +110,21 @@ def test_boxes_that_cannot_be_pooled_give_nan():
     torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("ratio", [2, -1])
+def test_boxes_that_are_inside_out(ratio, aligned):
+    """ONNX Runtime takes the negative grid of one such box for an overflow, and fails the whole run."""
+    x, boxes = maps(), random_boxes([3], image_size=SIZE)[0]
+    x1, y1, x2, y2 = boxes[0].tolist()
+    turned = torch.tensor([[x2, y1, x1, y2], [x1, y2, x2, y1], [x2, y2, x1, y1], [x1, y1, x1, y2]])
+    boxes = torch.cat((turned, boxes))
+    actual, expected = (
+        run(export(ratio, aligned), x, boxes, boxes[:1]),
+        Head(ratio, aligned=aligned)(x, boxes, boxes[:1]),
+    )
+    torch.testing.assert_close(actual, expected)
+
+
 def test_half_maps_and_given_levels():
     class Given(torch.nn.Module):
         def forward(self, features, boxes, levels):

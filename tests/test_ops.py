@@ -86,6 +86,62 @@ def test_fake_results_have_the_shape_strides_and_dtype_of_the_real(case):
         assert (f.shape, f.stride(), f.dtype) == (r.shape, r.stride(), r.dtype)
 
 
+BAD_ARGUMENTS = {
+    "rois of four columns": ({1: ROIS[:, 1:]}, r"rois must have shape \(K, 5\)"),
+    "flat rois": ({1: ROIS[0]}, r"rois must have shape \(K, 5\)"),
+    "rois in float64": ({1: ROIS.double()}, "rois must have shape .* torch.float32"),
+    "rois in half": ({1: ROIS.half()}, "rois must have shape .* torch.float32"),
+    "levels of int32": ({2: torch.zeros(10, dtype=torch.int32)}, r"levels must have shape \(K,\) and int64"),
+    "too few levels": ({2: torch.zeros(9, dtype=torch.int64)}, r"levels must have shape \(K,\)"),
+    "one bin size": ({3: (3,)}, "output_size must be two positive integers"),
+    "no bins": ({3: (0, 3)}, "output_size must be two positive integers"),
+    "too few scales": ({4: SCALES[:2]}, "scales must hold one number per map"),
+    "an unknown rule": ({5: -1}, "sampling_ratio must be 0 or more"),
+    "a map beyond the last": ({8: [0, 1, 3]}, "order must hold a map"),
+    "a negative map": ({8: [0, -1, 2]}, "order must hold a map"),
+    "too few thresholds": ({7: []}, "order must hold a map"),
+    "no maps": ({0: []}, "features must hold at least one map"),
+    "maps of three axes": ({0: [f[0] for f in maps()]}, "features must be non-empty maps"),
+    "maps of other channels": ({0: [*maps()[:2], maps(channels=2)[2]]}, "features must be non-empty maps"),
+    "maps without rows": ({0: [*maps()[:2], maps()[2][:, :, :0]]}, "features must be non-empty maps"),
+    "integer maps": ({0: [f.int() for f in maps()]}, "features must be non-empty maps"),
+}
+BAD_BACKWARD = {
+    "another number of boxes": ({0: torch.zeros(9, 3, 3, 2)}, "grad must have shape"),
+    "other bins": ({0: torch.zeros(10, 3, 2, 2)}, "grad must have shape"),
+    "a flat gradient": ({0: torch.zeros(180)}, "grad must have shape"),
+    "an integer gradient": ({0: torch.zeros(10, 3, 3, 2, dtype=torch.int32)}, "grad must have shape"),
+    "too short a shape": ({3: [2, 3, 16, 20]}, "must describe the same maps"),
+    "an empty map": ({3: [2, 3, 16, 20, 8, 0, 4, 5]}, "must describe the same maps"),
+    "too few dtypes": ({4: [0, 0]}, "must describe the same maps"),
+    "an unknown dtype": ({4: [0, 0, 4]}, "dtypes must be indices"),
+    "a negative dtype": ({4: [0, 0, -1]}, "dtypes must be indices"),
+    "too few layouts": ({5: [False]}, "must describe the same maps"),
+    "rois of four columns": ({1: ROIS[:, 1:]}, r"rois must have shape \(K, 5\)"),
+}
+
+
+def replaced(arguments, replacements) -> list:
+    return [replacements.get(i, argument) for i, argument in enumerate(arguments)]
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_the_operator_trusts_no_argument(case):
+    """Exported programs call it, whoever made them; what functions check may not have been checked."""
+    replacements, message = BAD_ARGUMENTS[case]
+    with pytest.raises(ValueError, match=message):
+        forward_op(*replaced(cases()["contiguous"], replacements))
+
+
+@pytest.mark.parametrize("case", BAD_BACKWARD)
+def test_the_backward_operator_trusts_no_argument(case):
+    replacements, message = BAD_BACKWARD[case]
+    arguments = backward_case(*cases()["contiguous"][:3], (3, 2), *cases()["contiguous"][4:])
+    backward_op(*arguments)
+    with pytest.raises(ValueError, match=message):
+        backward_op(*replaced(arguments, replacements))
+
+
 # gradients
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import MultiScaleRoIAlign, __version__, ops, reference
+from . import MultiScaleRoIAlign, __version__, ops, reference, schema
 
 HELP = "show versions, engines and a self-check"
 
@@ -174,7 +174,7 @@ def dtypes_of(device: str) -> list[str]:
     lacks = device == "mps"
     if device == "xpu":
         lacks = not getattr(torch.xpu.get_device_properties(), "has_fp64", True)
-    return [str(d).removeprefix("torch.") for d in ops.DTYPES if not (lacks and d == torch.float64)]
+    return [str(d).removeprefix("torch.") for d in schema.DTYPES if not (lacks and d == torch.float64)]
 
 
 def outcomes(names: Sequence[str]) -> Iterator[Check]:

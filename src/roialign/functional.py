@@ -170,8 +170,7 @@ def _pool(
     scales = _check_scales("scales", scales, len(features))
     steps = staircase(scales, canonical_scale, canonical_level, rois.dtype)
     pooling = Pooling(size, scales, max(sampling_ratio, 0), aligned, *steps)
-    pooled: Tensor = schema.pool(features, rois, levels, *pooling)
-    return pooled
+    return schema.pool(features, rois, levels, pooling)
 
 
 def check_output_size(output_size: int | Sequence[int]) -> tuple[int, int]:

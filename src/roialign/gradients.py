@@ -28,8 +28,7 @@ class _Pool(Function):
     @staticmethod
     def forward(pooling: Pooling, rois: Tensor, levels: Tensor | None, *features: Tensor) -> Tensor:
         with _below_autograd():
-            out: Tensor = schema.pool(features, rois, levels, *pooling)
-        return out
+            return schema.pool(features, rois, levels, pooling)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -46,14 +45,14 @@ class _Pool(Function):
         if grad is None:
             return (None,) * (3 + len(ctx.maps.dtypes))
         rois, levels = ctx.saved_tensors
-        grads = schema.scatter(grad, rois, levels, *ctx.maps, *ctx.pooling)
+        grads = schema.scatter(grad, rois, levels, ctx.maps, ctx.pooling)
         return None, None, None, *grads
 
     @staticmethod
     def jvp(ctx: Any, _pooling: Any, rois_tangent: Any, _levels: Any, *tangents: Any) -> Any:
         _refuse(rois_tangent)
         rois, levels = ctx.saved_tensors
-        return schema.pool(_filled(tangents, ctx.maps), rois, levels, *ctx.pooling)
+        return schema.pool(_filled(tangents, ctx.maps), rois, levels, ctx.pooling)
 
     @staticmethod
     def vmap(
@@ -65,8 +64,8 @@ class _Pool(Function):
             more_channels = [
                 _batch(f, dim, size, 1).flatten(1, 2) for f, dim in zip(features, dims, strict=True)
             ]
-            out = schema.pool(more_channels, rois, levels, *pooling)
-            return out.unflatten(1, (size, -1)), 1
+            out = schema.pool(more_channels, rois, levels, pooling)
+            return _split(out, 1, size), 1
         batched = any(dim is not None for dim in dims)
         images = features[0].shape[:1] if dims[0] is None else features[0].movedim(dims[0], 0).shape[1:2]
         rois, levels = _join_rois(rois, rois_dim, levels, levels_dim, size, images[0] if batched else None)
@@ -74,8 +73,8 @@ class _Pool(Function):
             features = tuple(
                 _batch(f, dim, size, 0).flatten(0, 1) for f, dim in zip(features, dims, strict=True)
             )
-        out = schema.pool(features, rois, levels, *pooling)
-        return out.unflatten(0, (size, -1)), 0
+        out = schema.pool(features, rois, levels, pooling)
+        return _split(out, 0, size), 0
 
 
 class _Scatter(Function):
@@ -86,7 +85,7 @@ class _Scatter(Function):
         maps: Maps, pooling: Pooling, grad: Tensor, rois: Tensor, levels: Tensor | None
     ) -> tuple[Tensor, ...]:
         with _below_autograd():
-            return tuple(schema.scatter(grad, rois, levels, *maps, *pooling))
+            return tuple(schema.scatter(grad, rois, levels, maps, pooling))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -98,13 +97,13 @@ class _Scatter(Function):
         if all(grad is None for grad in grads):
             return (None,) * 5
         rois, levels = ctx.saved_tensors
-        return None, None, schema.pool(_filled(grads, ctx.maps), rois, levels, *ctx.pooling), None, None
+        return None, None, schema.pool(_filled(grads, ctx.maps), rois, levels, ctx.pooling), None, None
 
     @staticmethod
     def jvp(ctx: Any, _maps: Any, _pooling: Any, tangent: Any, rois_tangent: Any, _levels: Any) -> Any:
         _refuse(rois_tangent)
         rois, levels = ctx.saved_tensors
-        return tuple(schema.scatter(tangent, rois, levels, *ctx.maps, *ctx.pooling))
+        return tuple(schema.scatter(tangent, rois, levels, ctx.maps, ctx.pooling))
 
     @staticmethod
     def vmap(
@@ -126,14 +125,14 @@ class _Scatter(Function):
             shape = [size * images, channels, *sizes]
             rois, levels = _join_rois(rois, rois_dim, levels, levels_dim, size, images)
             grad, place = _batch(grad, grad_dim, size, 0).flatten(0, 1), 0
-        grads = schema.scatter(grad, rois, levels, shape, *maps[1:], *pooling)
-        return tuple(g.unflatten(place, (size, -1)) for g in grads), (place,) * len(grads)
+        grads = schema.scatter(grad, rois, levels, maps._replace(shape=shape), pooling)
+        return tuple(_split(g, place, size) for g in grads), (place,) * len(grads)
 
 
 def register() -> None:
     """Make these functions the gradients of the operators."""
-    _register(schema.pool, _Pool, _of_pool, lambda out: out)
-    _register(schema.scatter, _Scatter, _of_scatter, list)
+    _register(schema.forward_operator, _Pool, _of_pool, lambda out: out)
+    _register(schema.backward_operator, _Scatter, _of_scatter, list)
 
 
 def _of_pool(features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, *rest: Any) -> tuple[Any, ...]:
@@ -145,7 +144,10 @@ def _of_scatter(grad: Tensor, rois: Tensor, levels: Tensor | None, *rest: Any) -
 
 
 def _register(
-    operator: Any, function: Any, arguments: Callable[..., tuple[Any, ...]], result: Callable[[Any], Any]
+    operator: Callable[[], Any],
+    function: Any,
+    arguments: Callable[..., tuple[Any, ...]],
+    result: Callable[[Any], Any],
 ) -> None:
     """Register a function, given what turns the operator's arguments into its own and its result back."""
     apply_here = super(Function, function).apply  # without what torch.func adds, which takes 20 us
@@ -155,18 +157,18 @@ def _register(
         if wanted or forward_ad._current_level >= 0:
             return result(apply_here(*arguments(*args)))
         with _below_autograd():
-            return operator(*args)
+            return operator()(*args)
 
     def functorch(*args: Any) -> Any:
         transform = torch._C._functorch.peek_interpreter_stack().key()
         if transform == torch._C._functorch.TransformType.Functionalize:
-            return _functionalize(operator, args)
+            return _functionalize(operator(), args)
         return result(function.apply(*arguments(*args)))
 
     def batched(*args: Any) -> Any:
         return result(_batched(function, arguments(*args)))
 
-    name = operator.name().split("::")[1].removesuffix(".default")
+    name = operator().name().split("::")[1].removesuffix(".default")
     schema.LIBRARY.impl(name, autograd, "Autograd")
     # Reached only while a transform of torch.func is active, so it costs nothing otherwise.
     schema.LIBRARY.impl(name, functorch, "FuncTorchDynamicLayerFrontMode")
@@ -239,6 +241,11 @@ def _batch(t: Tensor, dim: int | None, size: int, place: int) -> Tensor:
     if dim is not None:
         return t.movedim(dim, place)
     return t.unsqueeze(place).expand(*t.shape[:place], size, *t.shape[place:])
+
+
+def _split(t: Tensor, place: int, size: int) -> Tensor:
+    """The batch dimension apart again."""
+    return t.reshape(*t.shape[:place], size, t.shape[place] // size, *t.shape[place + 1 :])
 
 
 def _join_rois(

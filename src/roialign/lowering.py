@@ -40,7 +40,7 @@ class Layout(NamedTuple):
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """The operators of this package, each with its form in plain ATen."""
-    return {schema.pool: forward, schema.scatter: backward}
+    return {schema.forward_operator(): forward, schema.backward_operator(): backward}
 
 
 def forward(features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, *rest: Any) -> Tensor:

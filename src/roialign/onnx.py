@@ -24,7 +24,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
         A table for `torch.onnx.export`: `custom_translation_table=roialign.onnx.translation_table()`,
         together with `dynamo=True`. A box that names an image or a level that does not exist gives NaN.
     """
-    return {schema.pool: _multiscale_roi_align}
+    return {schema.forward_operator(): _multiscale_roi_align}
 
 
 def _multiscale_roi_align(features: Sequence[Any], rois: Any, levels: Any, *rest: Any) -> Any:
@@ -48,6 +48,13 @@ def _multiscale_roi_align(features: Sequence[Any], rois: Any, levels: Any, *rest
         served = op.And(
             op.Equal(levels, _number(level, _INT64)), op.And(exists, _finite(boxes, scale, working))
         )
+        if pooling.aligned and pooling.sampling_ratio == 0:
+            # A box that is inside out has no points. ONNX Runtime takes its grid, which is negative, for an
+            # overflow, and fails the whole run; so it is not told of such boxes.
+            empty = op.And(served, _inside_out(boxes, scale, working))
+            bins = op.Unsqueeze(empty, op.Constant(value_ints=[1, 2, 3]))
+            out = op.Where(bins, _number(0.0, working), out)
+            served = op.And(served, op.Not(empty))
         rows = op.Reshape(op.NonZero(served), op.Constant(value_ints=[-1]))
         pooled = op.RoiAlign(
             feature if feature.dtype == working else op.Cast(feature, to=working),
@@ -78,6 +85,16 @@ def _finite(boxes: Any, scale: float, working: ir.DataType) -> Any:
     low, high = (op.Mul(op.Slice(boxes, [i], [i + 2], [1]), _number(scale, working)) for i in (0, 2))
     finite = op.Less(op.Abs(op.Concat(low, high, op.Sub(high, low), axis=1)), _number(math.inf, working))
     return op.Equal(op.ReduceMin(op.Cast(finite, to=_INT32), [1], keepdims=0), _number(1, _INT32))
+
+
+def _inside_out(boxes: Any, scale: float, working: ir.DataType) -> Any:
+    """Whether an aligned box has no size on one of the axes."""
+    half = _number(0.5, working)
+    low, high = (
+        op.Sub(op.Mul(op.Slice(boxes, [i], [i + 2], [1]), _number(scale, working)), half) for i in (0, 2)
+    )
+    size = op.ReduceMin(op.Sub(high, low), [1], keepdims=0)
+    return op.LessOrEqual(size, _number(0.0, working))
 
 
 def _levels(boxes: Any, pooling: Pooling, working: ir.DataType) -> Any:

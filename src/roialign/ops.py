@@ -179,8 +179,8 @@ def _backward_fake(grad: Tensor, rois: Tensor, levels: Tensor | None, *rest: Any
 
 
 for _operator, _kernel, _fake in (
-    (schema.pool, _forward, _forward_fake),
-    (schema.scatter, _backward, _backward_fake),
+    (schema.forward_operator(), _forward, _forward_fake),
+    (schema.backward_operator(), _backward, _backward_fake),
 ):
     _name = _operator.name()
     schema.LIBRARY.impl(_name.split("::")[1], _kernel, "CompositeExplicitAutograd")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .levels import Staircase
 
@@ -75,5 +76,25 @@ def _define() -> torch.library.Library:
 
 
 LIBRARY: Any = _define()
-pool: Any = getattr(torch.ops, NAMESPACE).multiscale_roi_align.default
-scatter: Any = getattr(torch.ops, NAMESPACE).multiscale_roi_align_backward.default
+
+
+def forward_operator() -> Any:
+    """The operator as it is now: a later import of the package may have defined it anew."""
+    return getattr(torch.ops, NAMESPACE).multiscale_roi_align.default
+
+
+def backward_operator() -> Any:
+    """Likewise."""
+    return getattr(torch.ops, NAMESPACE).multiscale_roi_align_backward.default
+
+
+def pool(features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, pooling: Pooling) -> Tensor:
+    """Call the operator; see `reference.forward`."""
+    out: Tensor = forward_operator()(features, rois, levels, *pooling)
+    return out
+
+
+def scatter(grad: Tensor, rois: Tensor, levels: Tensor | None, maps: Maps, pooling: Pooling) -> list[Tensor]:
+    """Call the backward operator; see `reference.backward`."""
+    grads: list[Tensor] = backward_operator()(grad, rois, levels, *maps, *pooling)
+    return grads
