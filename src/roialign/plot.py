@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .functional import check_output_size
+from .arguments import check_output_size
 from .levels import assign_levels, map_levels_of
 
 if TYPE_CHECKING:
