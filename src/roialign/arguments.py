@@ -204,6 +204,30 @@ def scales_of_names(scales: Any, names: list[str], featmap_names: Sequence[str])
     return check_scales([scales[name] for name in names], len(names))
 
 
+def check_scales_are_not_strides(
+    scales: Sequence[float], map_sizes: Sequence[tuple[int, int]], image_shapes: Any
+) -> None:
+    """Refuse a scale above 1 on a map with far fewer cells than it says: strides, given for scales.
+
+    A scale above 1 says that a map is finer than its image; padding can only add cells to that. So a map
+    with at most a quarter of them, along both axes, is not what `scales` say, and nearly all of its
+    boxes would be pooled from beyond its edges, as zeros. No scale up to 1 is questioned: images
+    shrunk for the network, padding and gaps look like any of those. Whole numbers are compared, only
+    for scales above 1, so that a compiled graph has no guard more than it needs.
+    """
+    if image_shapes is None or not any(scale > 1 for scale in scales):
+        return
+    sizes = check_image_shapes(image_shapes, 0)
+    height, width = (max([size[axis] for size in sizes], default=0) for axis in (0, 1))
+    for scale, (rows, columns) in zip(scales, map_sizes, strict=True):
+        finer = math.floor(scale)
+        if scale > 1 and 4 * rows <= finer * height and 4 * columns <= finer * width:
+            raise ValueError(
+                f"scales must be cells per pixel, 1 / stride, got {scale:g} for a map of {rows} x {columns} "
+                f"cells and images of up to {height} x {width} pixels; for a stride give 1 / {scale:g}"
+            )
+
+
 def check_image_shapes(image_shapes: Any, images: int) -> list[tuple[int, int]]:
     """`(height, width)` of each image, in whole pixels."""
     if image_shapes is None:

@@ -132,6 +132,7 @@ def pool_named_maps(
     boxes = arguments.check_boxes_of_images(boxes, features)
     if scales is not None:
         map_scales = arguments.scales_of_names(scales, names, featmap_names)
+        arguments.check_scales_are_not_strides(map_scales, sizes, image_shapes)
     else:
         map_scales = infer_scales(sizes, arguments.check_image_shapes(image_shapes, len(boxes)))
     rois = _rois_of_lists(boxes, features)

@@ -23,6 +23,7 @@ class MultiScaleRoIAlign(nn.Module):
         aligned: shift boxes by half a cell, as Detectron2 does.
         scales: cells per pixel, `1 / stride`: one per entry of `featmap_names`, or by name. Any
             positive numbers. Without them, each call takes the powers of two that fit its shapes.
+            A call whose `image_shapes` say that a scale above 1 is a stride is refused.
         map_levels: a function from the list of boxes to `(K,)` integers, the index of each box's
             map among the maps used, in the order of `featmap_names`; instead of equation 1.
 
@@ -86,7 +87,7 @@ class MultiScaleRoIAlign(nn.Module):
         Raises:
             TypeError: an argument is of the wrong kind or dtype.
             ValueError: no map is named in `featmap_names`; a wrong shape, number or device; more
-                boxes tensors than images; `image_shapes` missing when needed.
+                boxes tensors than images; `image_shapes` missing when needed, or at odds with `scales`.
         """
         return functional.pool_named_maps(
             x,
