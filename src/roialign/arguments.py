@@ -215,7 +215,7 @@ def check_scales_are_not_strides(
     shrunk for the network, padding and gaps look like any of those. Whole numbers are compared, only
     for scales above 1, so that a compiled graph has no guard more than it needs.
     """
-    if image_shapes is None or not any(scale > 1 for scale in scales):
+    if image_shapes is None or max(scales) <= 1:
         return
     sizes = check_image_shapes(image_shapes, 0)
     height, width = (max([size[axis] for size in sizes], default=0) for axis in (0, 1))
@@ -242,7 +242,9 @@ def check_image_shapes(image_shapes: Any, images: int) -> list[tuple[int, int]]:
 
 def _image_shape(label: str, shape: Any) -> tuple[int, int]:
     size = _items(label, shape, "(height, width)")
-    height, width = (_pixels(label, side) for side in size) if len(size) == 2 else (0, 0)
+    if len(size) != 2:
+        raise ValueError(f"{label} must be (height, width), at least 1, got {tuple(size)}")
+    height, width = _pixels(label, size[0]), _pixels(label, size[1])
     if height < 1 or width < 1:
         raise ValueError(f"{label} must be (height, width), at least 1, got {tuple(size)}")
     return height, width
@@ -284,8 +286,10 @@ def _integer(value: Any) -> int | None:
 
 
 def _number(argument: str, value: Any) -> float:
+    if isinstance(value, float):
+        return float(value)
     plain = value
-    if not isinstance(value, (float, int, torch.SymInt, torch.SymFloat)) and hasattr(value, "ndim"):
+    if not isinstance(value, (int, torch.SymInt, torch.SymFloat)) and hasattr(value, "ndim"):
         plain = _values(value)
     if isinstance(plain, bool) or not hasattr(type(plain), "__float__"):
         raise TypeError(f"{argument} must be a number, got {_shown(value)}")
