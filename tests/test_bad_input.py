@@ -178,6 +178,53 @@ def test_stride_of_no_power_of_two_needs_scales():
     assert theirs.item() == pytest.approx(5 * 14 / 16)
 
 
+def scaled(scales, cells, image_shapes):
+    x = {str(i): torch.ones(1, 1, *size) for i, size in enumerate(cells)}
+    boxes = [torch.tensor([[4.0, 4.0, 6.0, 6.0]])]
+    return roialign.MultiScaleRoIAlign(list(x), 1, 2, scales=scales)(x, boxes, image_shapes)
+
+
+@pytest.mark.parametrize(
+    ("strides", "cells", "image_shapes", "got"),
+    [
+        ([4, 8, 16, 32], [(64, 64), (32, 32), (16, 16), (8, 8)], [(256, 256)], "4 for a map of 64 x 64"),
+        ([32, 16], [(8, 8), (16, 16)], [(256, 256)], "32 for a map of 8 x 8"),
+        ([1, 2, 4], [(64, 64), (32, 32), (16, 16)], [(64, 64)], "2 for a map of 32 x 32"),
+        ([2, 4], [(64, 96), (32, 48)], [(100, 150)], "4 for a map of 32 x 48"),  # padded
+        ([14], [(16, 16)], [(224, 224)], "14 for a map of 16 x 16"),
+        ([16], [(84, 84)], [(480, 640), (800, 600)], "16 for a map of 84 x 84"),  # padded to the largest
+    ],
+)
+def test_strides_given_for_scales_are_refused_where_the_images_contradict_them(
+    strides, cells, image_shapes, got
+):
+    with pytest.raises(
+        ValueError, match=rf"^scales must be cells per pixel, 1 / stride, got {got} cells and"
+    ):
+        scaled(strides, cells, image_shapes)
+
+
+@pytest.mark.parametrize(
+    ("scales", "cells", "image_shapes"),
+    [
+        ([1 / 14], [(16, 16)], [(224, 224)]),
+        ([1 / 14], [(15, 15)], [(223, 223)]),  # the last, incomplete patch dropped
+        ([1 / 8, 1 / 32], [(64, 64), (16, 16)], [(512, 512)]),
+        ([1 / 4], [(256, 256)], [(20, 30)]),  # a small image in a large canvas
+        ([1 / 4], [(200, 200)], [(4000, 6000)]),  # the sizes of a photograph before it was shrunk
+        ([2], [(128, 128)], [(64, 64)]),  # finer than the image
+        ([2, 1, 1 / 2], [(128, 128), (64, 64), (32, 32)], [(64, 64)]),
+        ([2], [(256, 256)], [(64, 64)]),  # and padded
+        ([8], [(505, 505)], [(64, 64)]),  # and without a border
+        ([1], [(62, 62)], [(64, 64)]),
+        ([4, 8], [(64, 64), (32, 32)], None),  # nothing to contradict them
+        ([4, 8], [(64, 64), (32, 32)], []),
+    ],
+)
+def test_scales_that_may_be_right_are_not_questioned(scales, cells, image_shapes):
+    scaled(scales, cells, image_shapes)
+
+
 def test_other_sizes_after_the_first_call():
     small, large = ({"0": pyramid([s], image_size=(128, 128))[0]} for s in (8, 16))
     boxes = random_boxes([10], image_size=(128, 128))

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -60,6 +61,35 @@ def test_number_of_boxes_does_not_compile_anew():
         boxes = random_boxes([count], image_size=SIZE)
         assert torch.equal(compiled(named_maps(), boxes[0]), module(named_maps(), boxes))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "module",
+    [
+        roialign.MultiScaleRoIAlign(["0", "1"], (np.int64(2), np.int64(3)), np.int64(2)),
+        roialign.MultiScaleRoIAlign(["0", "1"], np.int64(2), 2, scales=1 / np.array([4, 8])),
+        roialign.MultiScaleRoIAlign(["0", "1"], 2, 2, scales=[np.float64(2), 1]),
+    ],
+    ids=["size", "scales", "scales above 1"],
+)
+def test_modules_made_with_numbers_of_numpy_compile(module, dynamic):
+    x, boxes = named_maps(), random_boxes([3, 4], image_size=SIZE)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    assert torch.equal(compiled(x, boxes, [(8, 9)] * 2), module(x, boxes, [(8, 9)] * 2))
+
+
+def test_numbers_may_be_arguments_of_the_graph():
+    feature, boxes = named_maps()["0"], random_boxes([3, 4], image_size=SIZE)
+
+    def head(feature, boxes, size, scale, ratio, canonical):
+        return roialign.multiscale_roi_align(
+            [feature], boxes, (size, feature.shape[3]), [scale], ratio, canonical_scale=canonical
+        )
+
+    compiled = torch.compile(head, backend="aot_eager", fullgraph=True, dynamic=True)
+    for numbers in [(3, 0.5, 2, 100), (5, 0.25, 3, 50.0)]:
+        assert torch.equal(compiled(feature, boxes, *numbers), head(feature, boxes, *numbers))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

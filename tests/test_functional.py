@@ -44,7 +44,18 @@ MULTISCALE = [
     (
         {"features": [feature(), feature(dtype=torch.int64)]},
         TypeError,
-        "features[1] must be float32, float64, float16 or bfloat16, got torch.int64",
+        "features[1] must be float32, float64, float16 or bfloat16, got torch.int64; "
+        "convert it with .float()",
+    ),
+    (
+        {"features": [feature(dtype=torch.complex64)]},
+        TypeError,
+        "features[0] must be float32, float64, float16 or bfloat16, got torch.complex64",
+    ),
+    (
+        {"features": [feature(), feature(2, 3, 8, 8).to_sparse()]},
+        TypeError,
+        "features[1] must be a dense tensor, got layout torch.sparse_coo",
     ),
     (
         {"features": [feature(3, 16, 16)] * 2},
@@ -102,15 +113,31 @@ MULTISCALE = [
     ({"output_size": 7.0}, TypeError, "output_size must be made of integers, got 7.0"),
     ({"output_size": (7, 7.5)}, TypeError, "output_size must be made of integers, got (7, 7.5)"),
     ({"output_size": "7"}, (TypeError, ValueError), "output_size must be "),
+    ({"output_size": True}, TypeError, "output_size must be made of integers, got True"),
+    ({"output_size": None}, TypeError, "output_size must be made of integers, got None"),
+    # sampling_ratio, aligned
+    ({"sampling_ratio": None}, TypeError, "sampling_ratio must be an integer, got None"),
+    ({"sampling_ratio": (2, 2)}, TypeError, "sampling_ratio must be an integer, got (2, 2)"),
+    ({"sampling_ratio": 2.0}, TypeError, "sampling_ratio must be an integer, got 2.0"),
+    ({"aligned": None}, TypeError, "aligned must be True or False, got None"),
+    ({"aligned": "yes"}, TypeError, "aligned must be True or False, got the string 'yes'"),
     # scales
+    ({"scales": 0.25}, TypeError, "scales must be a list with a number per map, got 0.25"),
+    ({"scales": {0: 0.25}}, TypeError, "scales must be a list with a number per map, got dict"),
+    ({"scales": ["1/4", "1/8"]}, TypeError, "each of scales must be a number, got the string '1/4'"),
     ({"scales": [1 / 4]}, ValueError, "scales must hold one number per map, got 1 for 2 maps"),
-    ({"scales": [0.25, 0.0]}, ValueError, "scales must be positive and finite, got 0.0"),
-    ({"scales": [0.25, -1]}, ValueError, "scales must be positive and finite, got -1.0"),
-    ({"scales": [0.25, float("nan")]}, ValueError, "scales must be positive and finite, got nan"),
-    ({"scales": [float("inf"), 1]}, ValueError, "scales must be positive and finite, got inf"),
+    ({"scales": [0.25, 0.0]}, ValueError, "each of scales must be positive and finite, got 0.0"),
+    ({"scales": [0.25, -1]}, ValueError, "each of scales must be positive and finite, got -1.0"),
+    ({"scales": [0.25, float("nan")]}, ValueError, "each of scales must be positive and finite, got nan"),
+    ({"scales": [float("inf"), 1]}, ValueError, "each of scales must be positive and finite, got inf"),
     # canonical_scale
-    ({"canonical_scale": 0}, ValueError, "canonical_scale must be positive, got 0"),
-    ({"canonical_scale": float("nan")}, ValueError, "canonical_scale must be positive, got nan"),
+    ({"canonical_scale": 0}, ValueError, "canonical_scale must be positive and finite, got 0.0"),
+    ({"canonical_scale": float("nan")}, ValueError, "canonical_scale must be positive and finite, got nan"),
+    ({"canonical_scale": float("inf")}, ValueError, "canonical_scale must be positive and finite, got inf"),
+    # canonical_level
+    ({"canonical_level": float("nan")}, ValueError, "canonical_level must be finite, got nan"),
+    ({"canonical_level": float("inf")}, ValueError, "canonical_level must be finite, got inf"),
+    ({"canonical_level": "4"}, TypeError, "canonical_level must be a number, got the string '4'"),
     # levels
     ({"levels": [0]}, TypeError, "levels must be a tensor of integers, got list"),
     ({"levels": torch.zeros(1)}, TypeError, "levels must be a tensor of integers, got torch.float32"),
@@ -139,11 +166,11 @@ SINGLE = [
     (
         {"input": feature(dtype=torch.int32)},
         TypeError,
-        "input must be float32, float64, float16 or bfloat16, got torch.int32",
+        "input must be float32, float64, float16 or bfloat16, got torch.int32; convert it with .float()",
     ),
     ({"boxes": torch.zeros(3, 4)}, ValueError, "boxes must have shape (K, 5), got (3, 4)"),
     ({"boxes": [torch.zeros(3, 5)]}, ValueError, "boxes[0] must have shape (L, 4), got (3, 5)"),
-    ({"boxes": None}, TypeError, "boxes must be a list with a tensor (L, 4) per image, got NoneType"),
+    ({"boxes": None}, TypeError, "boxes must be a list with a tensor (L, 4) per image, got None"),
     (
         {"boxes": torch.tensor([[2.0, 0, 0, 8, 8]])},
         ValueError,
@@ -151,6 +178,13 @@ SINGLE = [
     ),
     ({"boxes": BOXES * 2}, ValueError, "boxes must hold at most one tensor per image, got 4 for 2 images"),
     ({"spatial_scale": 0}, ValueError, "spatial_scale must be positive and finite, got 0.0"),
+    ({"spatial_scale": (0.25, 0.25)}, TypeError, "spatial_scale must be a number, got (0.25, 0.25)"),
+    ({"input": feature().to_mkldnn()}, TypeError, "input must be a dense tensor, got layout torch._mkldnn"),
+    (
+        {"boxes": torch.zeros(3, 5).to_sparse()},
+        TypeError,
+        "boxes must be a dense tensor, got layout torch.sparse_coo",
+    ),
     ({"output_size": 0}, ValueError, "output_size must be at least 1, got 0"),
 ]
 
@@ -179,6 +213,17 @@ MODULE = [
         ValueError,
         "image_shapes must hold the size of each image, got none for 2 boxes tensors",
     ),
+    ({"image_shapes": (64, 64)}, TypeError, "image_shapes[0] must be (height, width), got 64"),
+    (
+        {"image_shapes": [(64, None)]},
+        TypeError,
+        "each side of image_shapes[0] must be a number, got None",
+    ),
+    (
+        {"image_shapes": [(64, float("inf"))]},
+        ValueError,
+        "each side of image_shapes[0] must be finite, got inf",
+    ),
     (
         {"image_shapes": [(64, 64), (0, 64)]},
         ValueError,
@@ -199,7 +244,7 @@ MODULE = [
         ValueError,
         "scales must hold every map that is used, ['a', 'b'], got none for ['b']",
     ),
-    ({"scales": [1 / 4, 0]}, ValueError, "scales must be positive and finite, got 0.0"),
+    ({"scales": [1 / 4, 0]}, ValueError, "each of scales must be positive and finite, got 0.0"),
     (
         {"map_levels": lambda boxes: torch.tensor([5])},
         ValueError,
@@ -208,8 +253,19 @@ MODULE = [
     (
         {"map_levels": lambda boxes: torch.tensor([0.0])},
         TypeError,
-        "levels must be a tensor of integers, got torch.float32",
+        "the result of map_levels must be a tensor of integers, got torch.float32",
     ),
+    (
+        {"map_levels": lambda boxes: None},
+        TypeError,
+        "the result of map_levels must be a tensor of integers, got NoneType",
+    ),
+    (
+        {"map_levels": lambda boxes: torch.tensor([0, 0])},
+        ValueError,
+        "the result of map_levels must have shape (1,), one per box, got (2,)",
+    ),
+    ({"map_levels": 3}, TypeError, "map_levels must be a function from boxes to levels, got 3"),
 ]
 
 

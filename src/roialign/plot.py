@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .functional import check_output_size
+from .arguments import check_output_size
 from .levels import map_levels_of, staircase
 from .taps import Points, lay_points
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import functional  # as a module, so that torch.fx finds the functions it keeps whole
+from . import arguments, functional  # as a module, so that torch.fx finds the functions it keeps whole
 
 # By name: torchvision need not be installed, nor its class stand where it stood.
 LEVEL_MAPPERS = ("torchvision.ops.poolers.LevelMapper", "roialign.levels.LevelMapper")
@@ -28,12 +28,13 @@ class MultiScaleRoIAlign(nn.Module):
         aligned: shift boxes by half a cell, as Detectron2 does.
         scales: cells per pixel, `1 / stride`: one per entry of `featmap_names`, or by name. Any
             positive numbers. Without them, each call takes the powers of two that fit its shapes.
+            A call whose `image_shapes` say that a scale above 1 is a stride is refused.
         map_levels: a function from the list of boxes to `(K,)` integers, the index of each box's
             map among the maps used, in the order of `featmap_names`; instead of equation 1.
 
     Raises:
-        TypeError: `featmap_names` or `output_size` is of the wrong kind.
-        ValueError: `featmap_names` is empty or `output_size` less than 1.
+        TypeError: an argument is of the wrong kind.
+        ValueError: `featmap_names` is empty, `output_size` less than 1, a number not finite.
 
     Examples:
         >>> pooler = MultiScaleRoIAlign(["0", "1"], output_size=7, sampling_ratio=2)
@@ -62,15 +63,17 @@ class MultiScaleRoIAlign(nn.Module):
     ) -> None:
         # Not super(): beside torchvision's class, whose __init__ takes other arguments.
         nn.Module.__init__(self)
-        functional.check_featmap_names(featmap_names)
-        self.featmap_names = featmap_names
-        self.sampling_ratio = sampling_ratio
-        self.output_size = functional.check_output_size(output_size)
-        self.scales = scales
+        arguments.check_positive("canonical_scale", canonical_scale)
+        arguments.check_number("canonical_level", canonical_level)
+        arguments.check_map_levels(map_levels)
+        self.featmap_names = arguments.check_featmap_names(featmap_names)
+        self.sampling_ratio = arguments.check_integer("sampling_ratio", sampling_ratio)
+        self.output_size = arguments.check_output_size(output_size)
+        self.scales = arguments.check_module_scales(scales)
         self.map_levels = map_levels
         self.canonical_scale = canonical_scale
         self.canonical_level = canonical_level
-        self.aligned = aligned
+        self.aligned = arguments.check_flag("aligned", aligned)
 
     def forward(
         self,
@@ -94,7 +97,7 @@ class MultiScaleRoIAlign(nn.Module):
         Raises:
             TypeError: an argument is of the wrong kind or dtype.
             ValueError: no map is named in `featmap_names`; a wrong shape, number or device; more
-                boxes tensors than images; `image_shapes` missing when needed.
+                boxes tensors than images; `image_shapes` missing when needed, or at odds with `scales`.
         """
         return functional.pool_named_maps(
             x,
@@ -166,11 +169,12 @@ class RoIAlign(nn.Module):
         aligned: bool = False,
     ) -> None:
         super().__init__()
-        functional.check_output_size(output_size)
+        arguments.check_output_size(output_size)
+        arguments.check_positive("spatial_scale", spatial_scale)
         self.output_size = output_size
         self.spatial_scale = spatial_scale
-        self.sampling_ratio = sampling_ratio
-        self.aligned = aligned
+        self.sampling_ratio = arguments.check_integer("sampling_ratio", sampling_ratio)
+        self.aligned = arguments.check_flag("aligned", aligned)
 
     def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:
         """Pool `rois` from `input`; see `roi_align`."""

@@ -1,0 +1,322 @@
+"""The arguments of the public calls, checked: the only file that raises errors about them.
+
+Each error names the argument, the rule and the value received. Every function returns the argument in
+the one form that the rest of the package knows. What people nearly always give - Python's own numbers,
+lists and tuples - is recognised first, in a few comparisons that a compiler can trace; whatever else
+torchvision takes (NumPy's numbers, tensors without axes, arrays, views of a dict) comes after.
+"""
+
+import math
+import operator
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .schema import DTYPES
+
+
+def check_integer(argument: str, value: Any) -> int:
+    """A whole number; a symbolic one stays symbolic."""
+    integer = _integer(value)
+    if integer is None:
+        raise TypeError(f"{argument} must be an integer, got {_shown(value)}")
+    return integer
+
+
+def check_number(argument: str, value: Any) -> float:
+    """A finite real number."""
+    number = _number(argument, value)
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"{argument} must be finite, got {number}")
+    return number
+
+
+def check_positive(argument: str, value: Any) -> float:
+    """A finite number above zero."""
+    number = _number(argument, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{argument} must be positive and finite, got {number}")
+    return number
+
+
+def check_flag(argument: str, value: Any) -> bool:
+    """True or False, also as NumPy has them, or as 1 or 0."""
+    if isinstance(value, bool):
+        return value
+    plain = _values(value) if hasattr(value, "ndim") else value
+    if not isinstance(plain, int) or plain not in (0, 1):
+        raise TypeError(f"{argument} must be True or False, got {_shown(value)}")
+    return bool(plain)
+
+
+def check_output_size(output_size: Any) -> tuple[int, int]:
+    """`(PH, PW)` from one number or two."""
+    one = isinstance(output_size, (int, torch.SymInt)) or not isinstance(output_size, Iterable)
+    size = (output_size,) * 2 if one else _items("output_size", output_size, "one integer or two")
+    if len(size) != 2:
+        raise ValueError(f"output_size must be one integer or two, got {_shown(output_size)}")
+    height, width = _integer(size[0]), _integer(size[1])
+    if height is None or width is None:
+        raise TypeError(f"output_size must be made of integers, got {_shown(output_size)}")
+    if height < 1 or width < 1:
+        raise ValueError(f"output_size must be at least 1, got {_shown(output_size)}")
+    return height, width
+
+
+def check_featmap_names(featmap_names: Iterable[str]) -> Sequence[str]:
+    """Names of the maps to pool from: at least one, in order."""
+    names = _items("featmap_names", featmap_names, "a list of names")
+    if len(names) == 0:
+        raise ValueError(f"featmap_names must name at least one map, got {names!r}")
+    for name in names:
+        if not isinstance(name, Hashable):
+            raise TypeError(f"featmap_names must be a list of names, got {names!r}")
+    return names
+
+
+def check_features(
+    argument: str, features: Iterable[Tensor], names: Sequence[str] | None = None
+) -> list[Tensor]:
+    """Maps `(N, C, H, W)` that agree in everything but size, dtype and strides."""
+    if isinstance(features, Tensor):
+        got = _layout(features) if features.is_nested else f"one tensor of shape {tuple(features.shape)}"
+        raise TypeError(f"{argument} must be a list of maps, got {got}")
+    features = _items(argument, features, "a list of maps")
+    if len(features) == 0:
+        raise ValueError(f"{argument} must hold at least one map, got none")
+
+    def label(i: int) -> str:
+        return argument if argument == "input" else f"{argument}[{names[i] if names else i!r}]"
+
+    first = features[0]
+    for i, f in enumerate(features):
+        if not isinstance(f, Tensor):
+            raise TypeError(f"{label(i)} must be a tensor, got {type(f).__name__}")
+        if f.dtype not in DTYPES:
+            raise TypeError(
+                f"{label(i)} must be float32, float64, float16 or bfloat16, got {f.dtype}{_conversion(f)}"
+            )
+        if f.layout != torch.strided or f.is_nested:
+            raise TypeError(f"{label(i)} must be a dense tensor, got {_layout(f)}")
+        if f.dim() != 4:
+            raise ValueError(f"{label(i)} must have shape (N, C, H, W), got {tuple(f.shape)}")
+        images, channels, height, width = f.shape
+        if height < 1 or width < 1:
+            raise ValueError(f"{label(i)} must have at least one row and one column, got {tuple(f.shape)}")
+        if i == 0:
+            continue
+        if images != first.shape[0] or channels != first.shape[1]:
+            raise ValueError(
+                f"{label(i)} must have the images and channels of {label(0)}, "
+                f"({first.shape[0]}, {first.shape[1]}), got ({images}, {channels})"
+            )
+        if f.device != first.device:
+            raise ValueError(
+                f"{label(i)} must be on the device of {label(0)}, {first.device}, got {f.device}"
+            )
+    return list(features)
+
+
+def check_boxes(label: str, boxes: Tensor, columns: int, feature: Tensor) -> None:
+    """Rows of real numbers, as many columns as said, on the device of the maps."""
+    if not isinstance(boxes, Tensor):
+        raise TypeError(f"{label} must be a tensor, got {type(boxes).__name__}")
+    if boxes.layout != torch.strided or boxes.is_nested:
+        raise TypeError(f"{label} must be a dense tensor, got {_layout(boxes)}")
+    if boxes.dim() != 2 or boxes.shape[1] != columns:
+        raise ValueError(
+            f"{label} must have shape ({'LK'[columns == 5]}, {columns}), got {tuple(boxes.shape)}"
+        )
+    if boxes.is_complex() or boxes.dtype == torch.bool or boxes.is_quantized:
+        raise TypeError(f"{label} must hold real numbers, got {boxes.dtype}")
+    if boxes.device != feature.device:
+        raise ValueError(f"{label} must be on the device of the maps, {feature.device}, got {boxes.device}")
+
+
+def check_boxes_of_images(boxes: Iterable[Tensor], features: list[Tensor]) -> Sequence[Tensor]:
+    """One tensor `(L, 4)` per image, of the images that the maps have."""
+    if isinstance(boxes, Tensor):
+        raise TypeError(f"boxes must be a list with a tensor (L, 4) per image, got {type(boxes).__name__}")
+    boxes = _items("boxes", boxes, "a list with a tensor (L, 4) per image")
+    images = features[0].shape[0]
+    if len(boxes) > images:
+        raise ValueError(
+            f"boxes must hold at most one tensor per image, got {len(boxes)} for {images} images"
+        )
+    for i, b in enumerate(boxes):
+        check_boxes(f"boxes[{i}]", b, 4, features[0])
+    return boxes
+
+
+def check_levels(label: str, levels: Tensor, boxes: int, device: torch.device) -> Tensor:
+    """The index of each box's map."""
+    if not isinstance(levels, Tensor):
+        raise TypeError(f"{label} must be a tensor of integers, got {type(levels).__name__}")
+    if levels.is_floating_point() or levels.is_complex() or levels.is_quantized:
+        raise TypeError(f"{label} must be a tensor of integers, got {levels.dtype}")
+    if levels.layout != torch.strided or levels.is_nested:
+        raise TypeError(f"{label} must be a dense tensor, got {_layout(levels)}")
+    if levels.dim() != 1 or levels.shape[0] != boxes:
+        raise ValueError(f"{label} must have shape ({boxes},), one per box, got {tuple(levels.shape)}")
+    if levels.device != device:
+        raise ValueError(f"{label} must be on the device of the boxes, {device}, got {levels.device}")
+    return levels.to(torch.int64)
+
+
+def check_map_levels(map_levels: Any) -> None:
+    """A function from the boxes to their levels, or None for equation 1."""
+    if map_levels is not None and not callable(map_levels):
+        raise TypeError(f"map_levels must be a function from boxes to levels, got {_shown(map_levels)}")
+
+
+def check_scales(scales: Iterable[float], maps: int) -> list[float]:
+    """A positive number per map."""
+    scales = _items("scales", scales, "a list with a number per map")
+    if len(scales) != maps:
+        raise ValueError(f"scales must hold one number per map, got {len(scales)} for {maps} maps")
+    return [check_positive("each of scales", s) for s in scales]
+
+
+def check_module_scales(scales: Any) -> Any:
+    """The `scales` of a module as it keeps them: none, by name, or a list that can be read again."""
+    if scales is None or isinstance(scales, Mapping):
+        return scales
+    return _items("scales", scales, "a list with a number per name, or a dict by name")
+
+
+def scales_of_names(scales: Any, names: list[str], featmap_names: Sequence[str]) -> list[float]:
+    """The scales of the maps that are used, of scales by name or one per entry of `featmap_names`."""
+    if not isinstance(scales, Mapping):
+        scales = check_module_scales(scales)
+        if len(scales) not in (len(featmap_names), len(names)):
+            raise ValueError(
+                "scales must hold one number per entry of featmap_names "
+                f"{list(featmap_names)}, got {list(scales)}"
+            )
+        if len(scales) == len(names):  # one per map used: what torchvision stores
+            return check_scales(scales, len(names))
+        scales = dict(zip(featmap_names, scales, strict=True))
+    missing = [name for name in names if name not in scales]
+    if missing:
+        raise ValueError(f"scales must hold every map that is used, {names}, got none for {missing}")
+    return check_scales([scales[name] for name in names], len(names))
+
+
+def check_scales_are_not_strides(
+    scales: Sequence[float], map_sizes: Sequence[tuple[int, int]], image_shapes: Any
+) -> None:
+    """Refuse a scale above 1 on a map with far fewer cells than it says: strides, given for scales.
+
+    A scale above 1 says that a map is finer than its image; padding can only add cells to that. So a map
+    with at most a quarter of them, along both axes, is not what `scales` say, and nearly all of its
+    boxes would be pooled from beyond its edges, as zeros. No scale up to 1 is questioned: images
+    shrunk for the network, padding and gaps look like any of those. Whole numbers are compared, only
+    for scales above 1, so that a compiled graph has no guard more than it needs.
+    """
+    if image_shapes is None or max(scales) <= 1:
+        return
+    sizes = check_image_shapes(image_shapes, 0)
+    height, width = (max([size[axis] for size in sizes], default=0) for axis in (0, 1))
+    for scale, (rows, columns) in zip(scales, map_sizes, strict=True):
+        finer = math.floor(scale)
+        if scale > 1 and 4 * rows <= finer * height and 4 * columns <= finer * width:
+            raise ValueError(
+                f"scales must be cells per pixel, 1 / stride, got {scale:g} for a map of {rows} x {columns} "
+                f"cells and images of up to {height} x {width} pixels; for a stride give 1 / {scale:g}"
+            )
+
+
+def check_image_shapes(image_shapes: Any, images: int) -> list[tuple[int, int]]:
+    """`(height, width)` of each image, in whole pixels."""
+    if image_shapes is None:
+        raise ValueError("image_shapes must be given unless scales are, got None")
+    shapes = _items("image_shapes", image_shapes, "a list with (height, width) per image")
+    if len(shapes) == 0 and images > 0:
+        raise ValueError(
+            f"image_shapes must hold the size of each image, got none for {images} boxes tensors"
+        )
+    return [_image_shape(f"image_shapes[{i}]", shape) for i, shape in enumerate(shapes)]
+
+
+def _image_shape(label: str, shape: Any) -> tuple[int, int]:
+    size = _items(label, shape, "(height, width)")
+    if len(size) != 2:
+        raise ValueError(f"{label} must be (height, width), at least 1, got {tuple(size)}")
+    height, width = _pixels(label, size[0]), _pixels(label, size[1])
+    if height < 1 or width < 1:
+        raise ValueError(f"{label} must be (height, width), at least 1, got {tuple(size)}")
+    return height, width
+
+
+def _pixels(label: str, side: Any) -> int:
+    """A side of an image; torchvision takes fractions of a pixel, which no image has."""
+    integer = _integer(side)
+    return int(check_number(f"each side of {label}", side)) if integer is None else integer
+
+
+def used_names(x: Mapping[str, Tensor], featmap_names: Sequence[str]) -> list[str]:
+    """The names, in their order, of the maps that there are."""
+    if not isinstance(x, Mapping):
+        raise TypeError(f"x must be a dict of maps by name, got {type(x).__name__}")
+    names = [name for name in featmap_names if name in x]
+    if not names:
+        raise ValueError(f"x must hold a map named in featmap_names {list(featmap_names)}, got {list(x)}")
+    return names
+
+
+def _items(argument: str, value: Any, rule: str) -> Sequence[Any]:
+    """A list or a tuple as it is; as a list what else has an order: an array, a dict's view, a generator."""
+    if isinstance(value, (list, tuple)):
+        return value
+    unordered = isinstance(value, (str, bytes, Mapping, set, frozenset)) or not isinstance(value, Iterable)
+    items = None if unordered else _values(value) if hasattr(value, "ndim") else list(value)
+    if not isinstance(items, list):
+        raise TypeError(f"{argument} must be {rule}, got {_shown(value)}")
+    return items
+
+
+def _integer(value: Any) -> int | None:
+    if isinstance(value, (int, torch.SymInt)):  # a union stops older compilers
+        return None if isinstance(value, bool) else value  # type: ignore[return-value]
+    if hasattr(value, "ndim"):
+        return _integer(_values(value))
+    return operator.index(value) if hasattr(type(value), "__index__") else None
+
+
+def _number(argument: str, value: Any) -> float:
+    if isinstance(value, float):
+        return float(value)
+    plain = value
+    if not isinstance(value, (int, torch.SymInt, torch.SymFloat)) and hasattr(value, "ndim"):
+        plain = _values(value)
+    if isinstance(plain, bool) or not hasattr(type(plain), "__float__"):
+        raise TypeError(f"{argument} must be a number, got {_shown(value)}")
+    return float(plain)
+
+
+def _values(array: Any) -> Any:
+    """The numbers of an array or a tensor in Python's lists, or its one number if it has no axes."""
+    try:
+        return array.tolist() if array.ndim else array.item()  # the compiler knows only this for a float
+    except RuntimeError:  # a tensor that has no numbers, or not in a row: meta, sparse, nested
+        return None
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return f"the string {value!r}"
+    short = isinstance(value, (int, float, complex, list, tuple, type(None)))
+    return repr(value) if short else type(value).__name__
+
+
+def _layout(t: Tensor) -> str:
+    return "a nested tensor" if t.is_nested else f"layout {t.layout}"
+
+
+def _conversion(t: Tensor) -> str:
+    """How to make a tensor floating point, where that is a matter of one call."""
+    if t.is_quantized:
+        return "; convert it with .dequantize()"
+    return "" if t.is_complex() else "; convert it with .float()"
