@@ -51,7 +51,7 @@ def test_everything_is_measured_printed_and_written(tmp_path, capsys):
     report = json.loads((tmp_path / "out.json").read_text())
     assert set(report) == {
         "machine", "versions", "settings", "skipped", "workloads", "floor", "first_call", "growth",
-        "models",
+        "models", "memory",
     }  # fmt: skip
     assert set(report["machine"]) == {"cpu", "vectors", "cores", "load", "system", "date"}
     assert report["versions"]["torch"] == torch.__version__
@@ -90,6 +90,18 @@ def test_sections_can_be_chosen(tmp_path, capsys):
     assert [row["name"] for row in report["workloads"]] == ["mask-head", "one-box"]
     assert report["floor"] is report["first_call"] is report["growth"] is None
     assert "GB/s" not in capsys.readouterr().out
+
+
+def test_scratch_by_number_of_boxes(tmp_path, capsys):
+    assert bench("--json", "out.json", *only("memory")) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["memory"]
+    assert [(row["direction"], row["grid"]) for row in rows] == [
+        ("forward", "fixed"), ("forward", "adaptive"), ("backward", "fixed"), ("backward", "adaptive"),
+    ]  # fmt: skip
+    for row in rows:
+        assert list(row["mb"]) == ["10", "1000"]
+        assert all(mb is None or -1 < mb < 64 for mb in row["mb"].values())
+    assert "1000 boxes" in capsys.readouterr().out
 
 
 def test_whole_detectors_do_the_same_before_and_after(tmp_path, monkeypatch, capsys):
@@ -263,19 +275,19 @@ def test_first_calls_use_the_cache_of_their_own(monkeypatch):
             folders.append(environment["NUMBA_CACHE_DIR"])
         return json.dumps(CALLS) if program == probes._FIRST_CALL else "0.02\n"
 
-    monkeypatch.setattr(probes, "_python", python)
+    monkeypatch.setattr(probes, "python", python)
     assert probes.first_call() == FIRST_CALL
     assert len(folders) == 4
     assert len(set(folders)) == 1
 
 
 def test_programs_of_the_first_call_run(tmp_path):
-    assert set(json.loads(probes._python(probes._FIRST_CALL))) == set(CALLS)
-    assert float(probes._python(probes._IMPORT)) > 0
+    assert set(json.loads(probes.python(probes._FIRST_CALL))) == set(CALLS)
+    assert float(probes.python(probes._IMPORT)) > 0
     (tmp_path / "one_line.py").write_text(probes._ONE_LINE, encoding="utf-8")
-    assert float(probes._python(probes._FIRST_CALL_OF_NUMBA, str(tmp_path))) > 0
+    assert float(probes.python(probes._FIRST_CALL_OF_NUMBA, str(tmp_path))) > 0
     with pytest.raises(subprocess.CalledProcessError):
-        probes._python("raise SystemExit(1)")
+        probes.python("raise SystemExit(1)")
 
 
 def test_the_machine_is_described_everywhere(monkeypatch):

@@ -15,15 +15,15 @@ from torch import Tensor
 from .. import MultiScaleRoIAlign, ops, reference
 from ..doctor import first_line, print_table
 from ..warmup import track
-from . import probes
+from . import memory, probes
 from .timing import Effort, milliseconds, ratio
 from .workloads import FULL, QUICK, TINY, WORKLOADS, Call, Size, Workload, make_boxes, make_call, make_maps
 
 HELP = "time roialign against torchvision"
 
 OURS, THEIRS = "roialign", "torchvision"
-FLOOR, FIRST_CALL, GROWTH, MODELS = "floor", "first-call", "growth", "models"
-SECTIONS = [*WORKLOADS, FLOOR, FIRST_CALL, GROWTH, MODELS]
+FLOOR, FIRST_CALL, GROWTH, MODELS, MEMORY = "floor", "first-call", "growth", "models", "memory"
+SECTIONS = [*WORKLOADS, FLOOR, FIRST_CALL, GROWTH, MODELS, MEMORY]
 COUNTS = (1, 3, 10, 30, 100, 300, 1000, 3000, 8000)  # boxes, of the growth
 
 Report = dict[str, Any]
@@ -124,7 +124,7 @@ def _write(report: Report, args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> Report:
     """Everything that is asked for, as plain data: the content of `--json`."""
     size, effort = (QUICK if args.quick else FULL), Effort(args.seconds, args.repeats)
-    on_demand = {MODELS} if args.plot is not None else {MODELS, GROWTH}  # they take minutes
+    on_demand = {MODELS, MEMORY} if args.plot is not None else {MODELS, MEMORY, GROWTH}  # they take minutes
     wanted = args.only or [s for s in SECTIONS if s not in on_demand]
     poolers, skipped = find_poolers()
     settings = {"engine": ops.engine("cpu").__name__, "threads": torch.get_num_threads(), "quick": args.quick}
@@ -138,6 +138,7 @@ def measure(args: argparse.Namespace) -> Report:
         "first_call": None,
         "growth": None,
         "models": [],
+        "memory": [],
     }
     for section in track("measuring", [s for s in SECTIONS if s in wanted]):
         if section == FLOOR:
@@ -148,6 +149,8 @@ def measure(args: argparse.Namespace) -> Report:
             report["growth"] = growth(size, effort, poolers)
         elif section == MODELS:
             report["models"] = _measure_models(effort, args.quick, skipped)
+        elif section == MEMORY:
+            report["memory"] = memory.scratch(args.quick)
         else:
             report["workloads"].append(_measure(WORKLOADS[section], args, poolers, skipped))
     return report
@@ -266,6 +269,8 @@ def print_report(report: Report) -> None:
         _print_growth(report["growth"])
     if report["models"]:
         _print_models(report["models"])
+    if report["memory"]:
+        _print_memory(report["memory"])
     if report["floor"]:
         print_table("What limits any implementation", ("", ""), _floor_rows(report["floor"]))
     if report["first_call"]:
@@ -295,6 +300,18 @@ def _print_growth(points: list[Report]) -> None:
     names = _contestants(points)
     rows = [(str(p["boxes"]), *(_show(p["ms"].get(name)) for name in names)) for p in points]
     print_table("Box head by number of boxes, milliseconds", ("boxes", *names), rows)
+
+
+def _print_memory(rows: list[Report]) -> None:
+    counts = list(rows[0]["mb"])
+    cells = [
+        (row["direction"], row["grid"], *("-" if mb is None else f"{mb:.1f}" for mb in row["mb"].values()))
+        for row in rows
+    ]
+    print(
+        "Peak memory beyond arguments and results; one channel, 7 x 7 bins, four maps of 800 x 1344 pixels.\n"
+    )
+    print_table("Scratch, MB", ("", "grid", *(f"{count} boxes" for count in counts)), cells)
 
 
 def _print_models(rows: list[Report]) -> None:

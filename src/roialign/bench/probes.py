@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .. import MultiScaleRoIAlign, __version__
 from .timing import Effort, time_by_turns
-from .workloads import FULL, QUICK, TINY, WORKLOADS, Size, make_call, make_maps
+from .workloads import FULL, QUICK, TINY, WORKLOADS, Call, Size, make_call, make_maps
 
 _COPIED = 2**28  # bytes, beyond any cache
 
@@ -131,26 +132,27 @@ def first_call() -> dict[str, Any]:
 
     What Numba alone takes of them is measured with a function of one line.
     """
-    imports = [float(_python(_IMPORT)) for _ in range(5)]
+    imports = [float(python(_IMPORT)) for _ in range(5)]
     with tempfile.TemporaryDirectory() as folder:
-        cold, cached = (json.loads(_python(_FIRST_CALL, NUMBA_CACHE_DIR=folder)) for _ in range(2))
+        cold, cached = (json.loads(python(_FIRST_CALL, NUMBA_CACHE_DIR=folder)) for _ in range(2))
         Path(folder, "one_line.py").write_text(_ONE_LINE, encoding="utf-8")
         with contextlib.suppress(subprocess.CalledProcessError):  # no Numba here
             for calls in (cold, cached):
-                calls["numba_s"] = float(_python(_FIRST_CALL_OF_NUMBA, folder, NUMBA_CACHE_DIR=folder))
+                calls["numba_s"] = float(python(_FIRST_CALL_OF_NUMBA, folder, NUMBA_CACHE_DIR=folder))
     return {"import_s": statistics.median(imports), "cold": cold, "cached": cached}
 
 
 def extra_memory(name: str, quick: bool) -> float | None:
     """Peak memory of a workload beyond its results, in MB, in a new process; None if unknown."""
     try:
-        printed = _python(_MEMORY, name, "quick" if quick else "full", str(torch.get_num_threads()))
+        printed = python(_MEMORY, name, "quick" if quick else "full", str(torch.get_num_threads()))
     except subprocess.CalledProcessError:
         return None
     return None if printed.strip() == "None" else float(printed)
 
 
-def _python(program: str, *arguments: str, **environment: str) -> str:
+def python(program: str, *arguments: str, **environment: str) -> str:
+    """What a program prints in a new process."""
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, check=True
@@ -170,14 +172,19 @@ def measure_memory(name: str, quick: bool, threads: int) -> float | None:
     tiny = {k: f.to(dtype) for k, f in make_maps(workload, TINY).items()}
     make_call(workload._replace(boxes=2), TINY, tiny, MultiScaleRoIAlign)()
     maps = {k: f.to(dtype) for k, f in make_maps(workload, size).items()}
-    call = make_call(workload, size, maps, MultiScaleRoIAlign)
+    results, grown = resident(make_call(workload, size, maps, MultiScaleRoIAlign))
+    return None if grown is None else (grown - sum(t.nbytes for t in results)) / 1e6
+
+
+def resident(call: Call) -> tuple[Sequence[Tensor], int | None]:
+    """What a call returns, and by how many bytes memory had grown at its peak; None if unknown."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before = _status("VmRSS")
-        results = call()
-        return (_status("VmHWM") - before - sum(t.nbytes for t in results)) / 1e6
     except OSError:
-        return None
+        return call(), None
+    results = call()
+    return results, _status("VmHWM") - before
 
 
 def _status(key: str) -> int:
