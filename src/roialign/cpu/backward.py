@@ -37,13 +37,13 @@ RING_CELLS = 2**15  # most cells of a ring, or row sums: 2 MB of float32
 
 
 def cut(
-    widths: NDArray[np.int64], bounds: NDArray[np.int64], rings: NDArray[np.int64], homes: Sequence[int],
+    widths: Sequence[int], bounds: Sequence[int], rings: Sequence[int], homes: Sequence[int],
     pooled_height: int, channels: int, most: int,
 ) -> NDArray[np.int64]:  # fmt: skip
     """Cut maps into strips of at most `most` columns.
 
     Args:
-        widths: of all maps, in columns.
+        widths: of the maps of one image, in columns.
         bounds: the first RoI of each map, and of the one after the last.
         rings: of each map, the rows that its tallest RoI spans.
         homes: which maps.
@@ -56,7 +56,7 @@ def cut(
     """
     strips = []
     for home in homes:
-        width, ring = int(widths[home]), int(rings[home])
+        width, ring = widths[home % len(widths)], rings[home]
         span = min(width, most, max(1, RING_CELLS // max(ring, pooled_height)))
         for x in range(0, width, span):
             strip = (home, bounds[home], bounds[home + 1], 0, x, min(span, width - x), ring, 0, -1, 0, 1)

@@ -4,9 +4,11 @@ A task is a group of RoIs and a block of channels. All scratch of a call lies in
 does not depend on the number of boxes is bounded: tables for some thousand RoIs, and a share for each thread.
 """
 
+import bisect
 import functools
 import itertools
 import math
+from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ from . import forward as forward_kernel
 from . import tables, threads
 from .jit import cache_folder as cache_folder
 from .lanes import Scratch
-from .memory import Arena
+from .memory import Arena, integers
 from .memory import empty as empty
 from .simd import LANES, TAGS
 
@@ -41,21 +43,29 @@ Array = NDArray[np.int64]
 class Maps(NamedTuple):
     """The maps of a call, and where the rows of each begin if all are counted through, image by image."""
 
-    at: NDArray[np.int64]  # (L, MAP_COLUMNS)
+    rows: "array[int]"  # of numbers; see `tables.AT` and on
+    first: "array[int]"  # N * L + 1
     images: int
-    row: NDArray[np.int64]  # (N * L + 1,)
+    heights: list[int]
+    widths: list[int]
+    mine: list[bool]  # which are to be done
+
+    @property
+    def longest(self) -> int:
+        """The most cells along any axis."""
+        return max(*self.heights, *self.widths)
 
 
 class Survey(NamedTuple):
-    """All RoIs in order, and what is known of them before there are tables."""
+    """All RoIs in order, and what is known of them before there are tables. Arrays are named by address."""
 
     problem: tables.Problem
     tag: Any  # a number of the working precision
-    order: int  # address
+    order: int  # (K,) first those that are to be done
     done: int  # how many are to be done
-    keys: Array  # (K,) the first row of each RoI
-    spans: Array  # (N * L,) the most rows that a RoI of a map spans
-    ends: Array  # (rows,) of each row, how many RoIs begin there or above
+    keys: int  # (K,) the first row of each RoI
+    spans: int  # (N * L,) the most rows that a RoI of a map spans
+    bounds: int  # (N * L + 1,) the first RoI of each map, in their order
     owned: object
 
 
@@ -104,14 +114,14 @@ def _forward(
 ) -> None:
     survey, lost = _survey(rois, levels, maps, pooling, arena)
     if lost:
-        out[torch.from_numpy(survey.keys == -1)] = torch.nan
+        out[torch.from_numpy(integers(survey.keys, len(rois)) == -1)] = torch.nan
     dtype, in_place = kind
     pooled = _describe(out)
     tag, owned = _WORK[rois.dtype], (out, features, maps, survey, pooled)
     base, lo = arena.mark(), 0
     while lo < survey.done:
         t = _fill(survey, lo, survey.done, maps, _ROOM, arena)
-        job: tuple[Any, ...] = (_TAG[dtype], tag, _TAG[out.dtype], _at(maps.at), len(features), _at(pooled))
+        job: tuple[Any, ...] = (_TAG[dtype], tag, _TAG[out.dtype], _at(maps.rows), len(features), _at(pooled))
         rest = (survey.order + 8 * lo, t.homes, t.ys, t.xs, out.shape[1])
         (_forward_in_place if in_place else _forward_packed)(job, rest, t, out, rois.dtype, arena, owned)
         arena.rewind(base)
@@ -174,23 +184,23 @@ class _Backward:
     ) -> None:
         self.maps, self.survey, self.grad, self.arena = maps, survey, grad, arena
         pooled = _describe(grad)
-        self.job = (_TAG[dtype], _WORK[working], _TAG[grad.dtype], _at(maps.at), len(grads), _at(pooled))
+        self.job = (_TAG[dtype], _WORK[working], _TAG[grad.dtype], _at(maps.rows), len(grads), _at(pooled))
         self.owned = (grads, grad, maps, survey, pooled)
         self.working = working
-        self.widths = np.tile(maps.at[:, tables.WIDTH], maps.images)
-        # Of each map, the first of its RoIs in their order.
-        self.bounds = np.concatenate(([0], survey.ends))[maps.row]
+        homes = len(maps.first) - 1
+        self.bounds: list[int] = integers(survey.bounds, homes + 1).tolist()
+        self.spans: list[int] = integers(survey.spans, homes).tolist()
         blocks = math.ceil(grad.shape[1] / LANES)
         share = min(1.0, blocks / (_TASKS_PER_THREAD * torch.get_num_threads()))
-        self.most = math.ceil(int(self.widths.max()) * share)
+        self.most = math.ceil(max(maps.widths) * share)
 
     def run(self) -> None:
         """Take as many whole maps at a time as there is room for the tables of their RoIs."""
-        home, homes, base = 0, len(self.widths), self.arena.mark()
+        home, homes, base = 0, len(self.spans), self.arena.mark()
         while home < homes:
-            lo = int(self.bounds[home])
+            lo = self.bounds[home]
             t = _fill(self.survey, lo, self.survey.done, self.maps, _ROOM_TURNED, self.arena)
-            stop = int(np.searchsorted(self.bounds, lo + t.number, side="right")) - 1
+            stop = bisect.bisect_right(self.bounds, lo + t.number) - 1
             if stop > home:
                 self.run_tasks(self.cut(home, stop), lo, t)
             self.arena.rewind(base)
@@ -208,7 +218,7 @@ class _Backward:
         for first in range(0, len(tasks), at_once):
             some = tasks[first : first + at_once]
             some[:, backward_kernel.KEPT] = [self.arena.take(size) for _ in some]
-            rings, lo, stop = self.arena.mark(), int(self.bounds[home]), int(self.bounds[home + 1])
+            rings, lo, stop = self.arena.mark(), self.bounds[home], self.bounds[home + 1]
             while lo < stop:
                 t = _fill(self.survey, lo, stop, self.maps, _ROOM_TURNED, self.arena)
                 some[:, backward_kernel.START], some[:, backward_kernel.STOP] = lo, lo + t.number
@@ -220,12 +230,10 @@ class _Backward:
 
     def cut(self, home: int, stop: int) -> Array:
         """Tasks for some maps."""
-        mine = self.maps.at[:, tables.MINE]
+        mine, widths = self.maps.mine, self.maps.widths
         homes = [h for h in range(home, stop) if mine[h % len(mine)]]
         height, channels = self.grad.shape[2], self.grad.shape[1]
-        return backward_kernel.cut(
-            self.widths, self.bounds, self.survey.spans, homes, height, channels, self.most
-        )
+        return backward_kernel.cut(widths, self.bounds, self.spans, homes, height, channels, self.most)
 
     def run_tasks(self, tasks: Array, lo: int, t: Tables) -> None:
         """Run tasks whose RoIs have tables from RoI `lo` on."""
@@ -237,9 +245,9 @@ class _Backward:
         xs = _turn(t.xs, t, width, self.working, self.arena)
         rings, spans = tasks[:, backward_kernel.RING], tasks[:, backward_kernel.SPAN]
         entries = int((rings * spans).max()), int(spans.max()) * height, height * width
-        job = (*self.job, _at(tasks), len(tasks), self.survey.order + 8 * lo, ys, xs, channels)
-        written = (self.maps.at[:, tables.HEIGHT] * self.maps.at[:, tables.WIDTH]).sum() * self.maps.images
-        work, line = (t.taps + int(written)) * channels, max(t.rows, t.columns, height, width) + 1
+        job = (*self.job, tasks.ctypes.data, len(tasks), self.survey.order + 8 * lo, ys, xs, channels)
+        cells = sum(h * w for h, w in zip(self.maps.heights, self.maps.widths, strict=True))
+        work, line = (t.taps + cells * self.maps.images) * channels, max(t.rows, t.columns, height, width) + 1
         owned = (*self.owned, tasks)
         _run(backward_kernel.run, job, line, entries, self.working, len(tasks), work, self.arena, owned)
 
@@ -275,37 +283,40 @@ def _survey(
     """Put the RoIs in order; and how many cannot be pooled."""
     tag, n = _WORK[rois.dtype], len(rois)
     levels = None if levels is None else levels.contiguous()
-    scales, thresholds, order = _constants(
+    constants = scales, thresholds, serving = _constants(
         tuple(pooling.scales), tuple(pooling.thresholds), tuple(pooling.order), rois.dtype
     )
     height, width = pooling.output_size
     problem = tables.Problem(
-        rois.data_ptr(), 0 if levels is None else levels.data_ptr(), len(maps.at), maps.images, _at(maps.at),
-        _at(scales), _at(thresholds), _at(order), len(thresholds), height, width,
+        rois.data_ptr(), 0 if levels is None else levels.data_ptr(), len(maps.mine), maps.images,
+        _at(maps.rows), _at(scales), _at(thresholds), _at(serving), len(thresholds), height, width,
         pooling.sampling_ratio, pooling.aligned,
     )  # fmt: skip
-    homes, rows = len(maps.row) - 1, int(maps.row[-1])
-    keys, spans, ends = (arena.array(size) for size in (n, homes, rows))
-    in_order = arena.take(8 * n)
-    lost = tables.survey(tag, problem, n, _at(keys), _at(maps.row), homes, _at(spans), _at(ends))
-    count = tables.sort(n, _at(keys), rows, _at(ends), in_order)
-    owned = (rois, levels, maps, scales, thresholds, order)
-    return Survey(problem, tag, in_order, count, keys, spans, ends, owned), lost
+    homes, rows = len(maps.first) - 1, maps.first[-1]
+    keys, order, spans = arena.take(8 * n), arena.take(8 * n), arena.take(8 * homes)
+    bounds, counts = arena.take(8 * (homes + 1)), arena.take(8 * rows)
+    lost = tables.survey(tag, problem, n, keys, _at(maps.first), homes, spans, counts)
+    done = tables.sort(n, keys, _at(maps.first), homes, counts, order, bounds)
+    return Survey(problem, tag, order, done, keys, spans, bounds, (rois, levels, maps, constants)), lost
 
 
 def _fill(survey: Survey, lo: int, stop: int, maps: Maps, room: int, arena: Arena) -> Tables:
     """Fill tables for the RoIs from number `lo` in their order on: as many as there is room for."""
     problem, tag = survey.problem, survey.tag
     n, order = min(stop - lo, _SLAB), survey.order + 8 * lo
-    y_base, x_base = arena.array(n + 1), arena.array(n + 1)
-    n = tables.measure(tag, problem, order, n, room, _at(y_base), _at(x_base))
-    y_taps, x_taps = int(y_base[n]), int(x_base[n])
-    ys = _axis(_at(y_base), n, n * (problem.bins_y + 1), y_taps, tag, arena)
-    xs = _axis(_at(x_base), n, n * (problem.bins_x + 1), x_taps, tag, arena)
-    homes, longest = arena.take(8 * n), int(maps.at[:, [tables.HEIGHT, tables.WIDTH]].max())
-    most = arena.array(3)
-    tables.fill(tag, problem, order, n, ys, xs, homes, arena.take(8 * longest), longest, _at(most))
-    return Tables(ys, xs, homes, n, y_taps + x_taps, *most.tolist())
+    if problem.sampling_ratio > 0:
+        y_taps, x_taps = (2 * problem.sampling_ratio * bins for bins in (problem.bins_y, problem.bins_x))
+        n = min(n, max(1, room // (y_taps + x_taps)))
+        y_taps, x_taps = n * y_taps, n * x_taps
+        y_base, x_base = arena.take(8 * (n + 1)), arena.take(8 * (n + 1))
+    else:
+        y_base, x_base = arena.take(8 * (n + 1)), arena.take(8 * (n + 1))
+        n, y_taps, x_taps = tables.measure(tag, problem, order, n, room, y_base, x_base)
+    ys = _axis(y_base, n, n * (problem.bins_y + 1), y_taps, tag, arena)
+    xs = _axis(x_base, n, n * (problem.bins_x + 1), x_taps, tag, arena)
+    homes, place = arena.take(8 * n), arena.take(8 * maps.longest)
+    most = tables.fill(tag, problem, order, n, ys, xs, homes, place, maps.longest)
+    return Tables(ys, xs, homes, n, y_taps + x_taps, *most)
 
 
 def _axis(base: int, rois: int, starts: int, taps: int, tag: Any, arena: Arena) -> tables.AxisAt:
@@ -328,18 +339,23 @@ def _kind(feature: Tensor, out: Tensor) -> tuple[torch.dtype, bool]:
     return feature.dtype, in_place
 
 
-def _describe_maps(features: Sequence[Tensor], mine: Sequence[bool]) -> Maps:
+def _describe_maps(features: Sequence[Tensor], mine: list[bool]) -> Maps:
     """The maps, of which those count that are `mine`."""
-    at = np.array([(*_describe(f), m) for f, m in zip(features, mine, strict=True)], np.int64)
+    rows = array("q")
+    for f, m in zip(features, mine, strict=True):
+        rows.extend((*_describe(f), m))
     images = features[0].shape[0]
-    rows = np.cumsum(np.tile(at[:, tables.HEIGHT], images))
-    return Maps(at, images, np.concatenate(([0], rows)))
+    heights, widths = ([f.shape[axis] for f in features] for axis in (2, 3))
+    first = array("q", itertools.accumulate(heights * images, initial=0))
+    return Maps(rows, first, images, heights, widths, mine)
 
 
-def _describe(t: Tensor) -> Array:
+def _describe(t: Tensor) -> "array[int]":
     """A row of numbers: see `tables.AT` and on."""
     size = t.element_size()
-    return np.array((t.data_ptr(), *(size * step for step in strides(t)), *t.shape[2:]), np.int64)
+    image, channel, row, column = strides(t)
+    height, width = t.shape[2:]
+    return array("q", (t.data_ptr(), image * size, channel * size, row * size, column * size, height, width))
 
 
 def _in_one_run(grad: Tensor) -> Tensor:
@@ -352,16 +368,15 @@ def _in_one_run(grad: Tensor) -> Tensor:
     return grad.contiguous()  # an expanded gradient, as that of a sum
 
 
-def _at(array: NDArray[Any]) -> int:
+def _at(numbers: "array[Any]") -> int:
     """The address of an array."""
-    at: int = array.__array_interface__["data"][0]
-    return at
+    return numbers.buffer_info()[0]
 
 
 @functools.lru_cache(256)
 def _constants(
     scales: tuple[float, ...], thresholds: tuple[float, ...], order: tuple[int, ...], dtype: torch.dtype
-) -> tuple[NDArray[np.floating], NDArray[np.floating], Array]:
-    """What the tables need of a pooling, as arrays in the working precision."""
-    number: Any = type(_WORK[dtype])
-    return np.array(scales, number), np.array(thresholds, number), np.array(order, np.int64)
+) -> tuple["array[Any]", "array[Any]", "array[int]"]:
+    """Scales and thresholds in the working precision, and the order of the maps."""
+    code = "f" if dtype == torch.float32 else "d"
+    return array(code, scales), array(code, thresholds), array("q", order)

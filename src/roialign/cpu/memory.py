@@ -72,39 +72,42 @@ class Arena:
             block = _arenas.popleft()
         except IndexError:
             block = np.empty(0, np.uint8)
-        self._blocks = [block if len(block) >= size else np.empty(size, np.uint8)]
-        self._place = 0  # in the last block
+        self._blocks: list[Block] = []
+        self._use(block if len(block) >= size else np.empty(size, np.uint8))
+
+    def _use(self, block: Block) -> None:
+        start: int = block.__array_interface__["data"][0]
+        self._blocks.append(block)
+        self._next, self._end = start + -start % 64, start + len(block)
 
     def take(self, size: int) -> int:
         """The address of bytes of any content, aligned to 64."""
-        size = size // 64 * 64 + 64
-        if self._place + size + 64 > len(self._blocks[-1]):
-            self._blocks.append(np.empty(size + 128, np.uint8))
-            self._place = 0
-        at: int = self._blocks[-1].__array_interface__["data"][0] + self._place
-        self._place += size + -at % 64
-        return at + -at % 64
+        at = self._next
+        self._next = at + size // 64 * 64 + 64
+        if self._next > self._end:
+            self._use(np.empty(size + 192, np.uint8))
+            at = self._next
+            self._next = at + size // 64 * 64 + 64
+        return at
 
-    def array(self, size: int) -> NDArray[np.int64]:
-        """So many integers, of any value."""
-        at = self.take(8 * size)
-        block = self._blocks[-1]
-        start = at - block.__array_interface__["data"][0]
-        return block[start : start + 8 * size].view(np.int64)
-
-    def mark(self) -> tuple[int, int]:
+    def mark(self) -> tuple[int, int, int]:
         """A place to rewind to."""
-        return len(self._blocks), self._place
+        return len(self._blocks), self._next, self._end
 
-    def rewind(self, mark: tuple[int, int]) -> None:
+    def rewind(self, mark: tuple[int, int, int]) -> None:
         """Take back all that was taken since the mark."""
-        blocks, self._place = mark
+        blocks, self._next, self._end = mark
         del self._blocks[blocks:]
 
     def give_back(self) -> None:
         """Let the next call have it. Nobody may use it any more."""
         if len(_arenas) < _MOST_ARENAS:
             _arenas.append(self._blocks[0])
+
+
+def integers(at: int, n: int) -> NDArray[np.int64]:
+    """The integers at an address, as an array that does not keep them."""
+    return np.ctypeslib.as_array((ctypes.c_int64 * n).from_address(at))
 
 
 def _take(size: int) -> Block:

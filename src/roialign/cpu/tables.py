@@ -182,13 +182,16 @@ def _rows_touched(tag, problem, k, level):
 
 
 @kernel
-def sort(n, keys, rows, counts, order):
-    """List the RoIs in the order of their keys; returns how many have one. `counts` become row ends."""
+def sort(n, keys, rows, homes, counts, order, bounds):
+    """List the RoIs in the order of their keys, and the first of each map in `bounds`; returns how many."""
     total = ZERO
-    for row in range(rows):
-        start = total
-        total += get(counts, row)
-        put(counts, row, start)
+    for home in range(homes):
+        put(bounds, home, total)
+        for row in range(get(rows, home), get(rows, home + 1)):
+            start = total
+            total += get(counts, row)
+            put(counts, row, start)
+    put(bounds, homes, total)
     for k in range(n):
         key = get(keys, k)
         if key >= 0:
@@ -200,24 +203,24 @@ def sort(n, keys, rows, counts, order):
 
 @kernel
 def measure(tag, problem, order, n, room, y_base, x_base):
-    """How many RoIs there is room for, and where tables begin: two taps for each point visited."""
+    """Of an adaptive grid: how many RoIs there is room for, and the taps of all along y and along x.
+
+    The tables of a RoI begin where those of the one before end: two taps for each point visited.
+    """
     ys = xs = ZERO
     put(y_base, 0, ZERO)
     put(x_base, 0, ZERO)
     for i in range(n):
         k = get(order, i)
-        if problem.sampling_ratio > 0:
-            ys += 2 * problem.sampling_ratio * problem.bins_y
-            xs += 2 * problem.sampling_ratio * problem.bins_x
-        else:
-            level = _home(tag, problem, k) % problem.n_levels
-            ys += _count(tag, problem, k, ZERO, level, problem.bins_y)
-            xs += _count(tag, problem, k, ONE, level, problem.bins_x)
-        if i and ys + xs > room:
-            return i
+        level = _home(tag, problem, k) % problem.n_levels
+        y_taps = _count(tag, problem, k, ZERO, level, problem.bins_y)
+        x_taps = _count(tag, problem, k, ONE, level, problem.bins_x)
+        if i and ys + xs + y_taps + x_taps > room:
+            return i, ys, xs
+        ys, xs = ys + y_taps, xs + x_taps
         put(y_base, i + 1, ys)
         put(x_base, i + 1, xs)
-    return n
+    return n, ys, xs
 
 
 @part
@@ -232,14 +235,18 @@ def _count(tag, problem, k, axis, level, bins):
 
 
 @kernel
-def fill(tag, problem, order, n, ys, xs, homes, place, longest, most):
-    """Fill the tables of both axes and the map of each RoI.
+def fill(tag, problem, order, n, ys, xs, homes, place, longest):
+    """Fill the tables of both axes and the map of each RoI; their bases too, unless the grid is adaptive.
 
-    `place` is scratch, one entry per cell of the longest axis of all maps. `most` is
-    filled with the most rows and the most columns that a RoI touches, and the most taps that it has along x.
+    `place` is scratch, one entry per cell of the longest axis of all maps. Returns the most rows and the most
+    columns that a RoI touches, and the most taps that it has along x.
     """
     for cell in range(longest):
         put(place, cell, -ONE)
+    ratio = problem.sampling_ratio
+    for i in range(n + 1 if ratio > 0 else ZERO):
+        put(ys.base, i, 2 * ratio * problem.bins_y * i)
+        put(xs.base, i, 2 * ratio * problem.bins_x * i)
     rows = columns = taps = ZERO
     for i in range(n):
         k = get(order, i)
@@ -249,9 +256,7 @@ def fill(tag, problem, order, n, ys, xs, homes, place, longest, most):
         rows = max(rows, _fill_axis(tag, problem, k, ZERO, level, problem.bins_y, ys, i, place))
         columns = max(columns, _fill_axis(tag, problem, k, ONE, level, problem.bins_x, xs, i, place))
         taps = max(taps, get(xs.start, i * (problem.bins_x + 1) + problem.bins_x))
-    put(most, 0, rows)
-    put(most, 1, columns)
-    put(most, 2, taps)
+    return rows, columns, taps
 
 
 @part
