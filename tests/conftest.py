@@ -6,9 +6,10 @@ from hypothesis import settings
 
 from roialign import ops
 
-# The same examples every time, or, with --hypothesis-profile=thousands, that many new ones.
+# The same examples every time, or, with --hypothesis-profile=thousands or more, that many new ones.
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=200)
 settings.register_profile("thousands", deadline=None, max_examples=5000, print_blob=True)
+settings.register_profile("twenty-thousand", deadline=None, max_examples=20_000, print_blob=True)
 settings.load_profile("ci")
 
 

@@ -8,6 +8,7 @@ and an engine are the roundings of the sums, and those can be counted.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import permutations
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -26,7 +27,85 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ops.DTYPES}
 BOX_DTYPES = {**DTYPES, "int64": torch.int64, "int32": torch.int32, "uint8": torch.uint8}
 MIXTURES = (("float32", "bfloat16"), ("float16", "float32"), ("float64", "float32"), ("bfloat16", "float16"))
 STRIDES = (1, 2, 4, 8, 16, 32, 64, 0.5, 3, 14, 5.7)
-GRADS = (*LAYOUTS, "expanded")
+
+
+def _one_row(t: Tensor) -> Tensor:
+    return t[:, :, :1].contiguous().expand(t.shape)
+
+
+def _one_column(t: Tensor) -> Tensor:
+    return t[..., :1].contiguous().expand(t.shape)
+
+
+def _one_value(t: Tensor) -> Tensor:
+    return t[:1, :1, :1, :1].contiguous().expand(t.shape)
+
+
+def _sliding(t: Tensor) -> Tensor:
+    """Rows that overlap: each starts a cell after the one before."""
+    _, channels, height, width = t.shape
+    return t.contiguous().as_strided(t.shape, (channels * height * width, height * width, 1, 1))
+
+
+def _in_order(order: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """Axes in an order in memory, outermost first."""
+    back = [order.index(axis) for axis in range(len(order))]
+    return lambda t: t.permute(*order).contiguous().permute(*back)
+
+
+ANY_LAYOUT = {
+    **LAYOUTS,
+    **{"order " + "".join("NCHW"[i] for i in order): _in_order(order) for order in permutations(range(4))},
+    "one row": _one_row,
+    "one column": _one_column,
+    "one value": _one_value,
+    "sliding": _sliding,
+}
+ROWS_LAYOUT = {  # of boxes
+    "contiguous": lambda t: t.contiguous(),
+    "transposed": lambda t: t.t().contiguous().t(),
+    "sliced": lambda t: torch.stack((torch.full_like(t, 99), t), 2).repeat_interleave(2, 0)[::2, :, 1],
+    "expanded": lambda t: t[:1].contiguous().expand(t.shape),
+}
+# How a loss may look at what is pooled: the gradient comes back with the strides of the view undone.
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "itself": lambda t: t,
+    "transposed": lambda t: t.transpose(2, 3),
+    "channels last": lambda t: t.permute(0, 2, 3, 1),
+    "channels first": lambda t: t.transpose(0, 1),
+    "all turned": lambda t: t.permute(3, 2, 1, 0),
+    "vectors": lambda t: t.flatten(1),
+    "bins": lambda t: t.flatten(2).transpose(1, 2),
+    "squeezed": lambda t: t.squeeze(3).squeeze(2),
+    "axis more": lambda t: t.transpose(2, 3)[:, :, None],
+}
+
+
+class Storage(NamedTuple):
+    """How a tensor lies in its memory, apart from its layout: nothing that its values tell."""
+
+    offset: int = 0  # elements before it
+    lone: tuple[int, ...] = ()  # strides of those axes that have size 1, where they mean nothing
+
+    def lay(self, t: Tensor) -> Tensor:
+        """The same values and strides, among NaNs."""
+        if t.numel() == 0:
+            return t
+        stride = [
+            lone if size == 1 else step
+            for size, step, lone in zip(t.shape, t.stride(), self.lone or t.stride(), strict=False)
+        ]
+        values = t.as_strided((extent(t),), (1,))
+        memory = torch.full((self.offset + len(values) + 1,), 0, dtype=t.dtype)
+        if t.dtype.is_floating_point:
+            memory.fill_(torch.nan)
+        memory[self.offset : -1] = values
+        return memory.as_strided(t.shape, stride, self.offset)
+
+
+def extent(t: Tensor) -> int:
+    """Elements from the first to the last in memory."""
+    return 1 + sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
 
 
 class Map(NamedTuple):
@@ -37,6 +116,7 @@ class Map(NamedTuple):
     stride: float
     dtype: str
     layout: str
+    storage: Storage = Storage()
 
 
 class Problem(NamedTuple):
@@ -47,7 +127,8 @@ class Problem(NamedTuple):
     channels: int
     boxes: list[list[list[float]]]  # per image
     box_dtype: str
-    strided_boxes: bool
+    box_layout: str
+    box_storage: Storage
     output_size: tuple[int, int]
     sampling_ratio: int
     aligned: bool
@@ -55,6 +136,8 @@ class Problem(NamedTuple):
     given_levels: list[int] | None  # instead of equation 1
     way: str  # through the public API
     grad_layout: str
+    grad_storage: Storage
+    view: str
     spoilt: list[tuple[int, int, float]]  # map, place in it, value
     spoilt_grad: float | None
     twice: bool  # backward of backward too
@@ -97,15 +180,26 @@ boxes = st.one_of(
 )
 
 
+storages = st.builds(
+    Storage,
+    st.sampled_from([0, 0, 1, 3, 8, 17]),
+    st.just(()) | st.lists(st.sampled_from([0, 1, 7, 1000]), min_size=4, max_size=4).map(tuple),
+)
+
 # The engines take 16 channels at a time, or 64.
-any_channels = st.one_of(st.sampled_from([1, 15, 16, 17, 64, 65]), st.integers(1, 70))
+any_channels = st.one_of(st.sampled_from([1, 1, 15, 16, 17, 64, 65]), st.integers(1, 70))
+
+
+def sizes(most: int) -> st.SearchStrategy[int]:
+    """1 as often as all others."""
+    return st.just(1) | st.integers(1, most)
 
 
 @st.composite
 def problems(
     draw: Any,
     *,
-    most_maps: int = 8,
+    most_maps: int = 11,
     most_cells: int = 24,
     channels: st.SearchStrategy[int] = any_channels,
     most_boxes: int = 5,
@@ -117,14 +211,16 @@ def problems(
     n = draw(st.integers(1, most_maps))
     palettes = MIXTURES if mixed and draw(st.booleans()) else [(dtype,) for dtype in dtypes]
     palette = draw(st.sampled_from(palettes))
-    one_layout = draw(st.none() | st.sampled_from(list(LAYOUTS)))
+    any_layout = st.sampled_from(list(LAYOUTS)) | st.sampled_from(list(ANY_LAYOUT))
+    one_layout = draw(st.none() | any_layout)
     maps = [
         Map(
-            draw(st.integers(1, most_cells)),
-            draw(st.integers(1, most_cells)),
+            draw(sizes(most_cells)),
+            draw(sizes(most_cells)),
             draw(st.sampled_from(STRIDES)),
             draw(st.sampled_from(palette)),
-            one_layout or draw(st.sampled_from(list(LAYOUTS))),
+            one_layout or draw(any_layout),
+            draw(storages),
         )
         for _ in range(n)
     ]
@@ -142,14 +238,17 @@ def problems(
         channels=draw(channels),
         boxes=drawn,
         box_dtype=draw(st.sampled_from(["float32", "float32", *BOX_DTYPES])),
-        strided_boxes=draw(st.booleans()),
-        output_size=(draw(st.integers(1, most_bins)), draw(st.integers(1, most_bins))),
+        box_layout=draw(st.sampled_from(list(ROWS_LAYOUT))),
+        box_storage=draw(storages),
+        output_size=(draw(sizes(most_bins)), draw(sizes(most_bins))),
         sampling_ratio=draw(st.integers(-1, 5)),
         aligned=draw(st.booleans()),
         canonical=draw(st.sampled_from([(224.0, 4.0), (28.0, 4.0), (7.3, 2.5), (1e-3, 0.0)])),
         given_levels=given,
         way=way,
-        grad_layout=draw(st.sampled_from(GRADS)),
+        grad_layout=draw(any_layout),
+        grad_storage=draw(storages),
+        view=draw(st.sampled_from(["itself", "transposed"]) | st.sampled_from(list(VIEWS))),
         spoilt=draw(st.lists(st.tuples(st.integers(0, n - 1), st.integers(0, 999), spoils), max_size=2)),
         spoilt_grad=draw(st.none() | spoils),
         twice=draw(st.booleans()),
@@ -174,7 +273,7 @@ class Call:
             for which, place, spoil in p.spoilt:
                 if which == i and values.numel():
                     values.view(-1)[place % values.numel()] = spoil
-            self.features.append(LAYOUTS[m.layout](values.to(DTYPES[m.dtype])))
+            self.features.append(m.storage.lay(ANY_LAYOUT[m.layout](values.to(DTYPES[m.dtype]))))
         self.boxes = [self._boxes(rows) for rows in p.boxes]
         self.working = reference_dtype(self.features)
         self.count = sum(map(len, p.boxes))
@@ -182,16 +281,18 @@ class Call:
         if self.boxes:
             self.rois[:, 0] = torch.tensor([float(i) for i, b in enumerate(p.boxes) for _ in b])
             self.rois[:, 1:] = torch.cat([b.to(self.working) for b in self.boxes])
-        self.levels = None if p.given_levels is None else torch.tensor(p.given_levels, dtype=torch.int64)
+        if p.box_layout != "expanded":  # the boxes are; their images may differ
+            self.rois = p.box_storage.lay(ROWS_LAYOUT[p.box_layout](self.rois))
+        self.levels = None
+        if p.given_levels is not None:
+            self.levels = p.box_storage.lay(torch.tensor(p.given_levels, dtype=torch.int64))
         shape = (self.count, p.channels, *p.output_size)
         grad = noise(*shape)
         if p.spoilt_grad is not None and grad.numel():
             grad.view(-1)[p.seed % grad.numel()] = p.spoilt_grad
         self.grad = grad.to(self.features[0].dtype)
-        if p.grad_layout == "expanded":
-            self.grad = noise(1).to(self.grad.dtype).expand(shape)
-        else:
-            self.grad = LAYOUTS[p.grad_layout](self.grad)
+        self.grad = p.grad_storage.lay(ANY_LAYOUT[p.grad_layout](self.grad))
+        self.view = VIEWS[p.view]
 
     def _boxes(self, rows: list[list[float]]) -> Tensor:
         dtype = BOX_DTYPES[self.problem.box_dtype]
@@ -199,7 +300,7 @@ class Call:
         if not dtype.is_floating_point:
             result = result.nan_to_num(0).clamp(0 if dtype == torch.uint8 else -1000, 250)
         result = result.to(dtype)
-        return result.t().contiguous().t() if self.problem.strided_boxes else result
+        return self.problem.box_storage.lay(ROWS_LAYOUT[self.problem.box_layout](result))
 
     def pool(self, features: Sequence[Tensor]) -> Tensor:
         """Through the public API."""
@@ -262,10 +363,13 @@ class Call:
 def judge(call: Call) -> None:
     """Pool forward, backward and backward again, and hold all of it against the truth."""
     features = [f.detach().requires_grad_() for f in call.features]
-    grad = call.grad.detach().requires_grad_()
+    grad = call.grad.detach()
+    if call.problem.view != "itself":  # as the loss would have it
+        grad = call.view(grad).clone(memory_format=torch.contiguous_format)
+    grad.requires_grad_()
     with poisoned():
         pooled = call.pool(features)
-        grads = torch.autograd.grad(pooled, features, grad, create_graph=True)
+        grads = torch.autograd.grad(call.view(pooled), features, grad, create_graph=True)
         again = torch.autograd.grad(grads, grad, call.features) if call.problem.twice else ()
     assert pooled.dtype == features[0].dtype
     assert [g.dtype for g in grads] == [f.dtype for f in features]
@@ -273,8 +377,9 @@ def judge(call: Call) -> None:
     truth, true_grads = call.truth(call.features, call.grad)
     size, grad_sizes = call.truth([f.abs() for f in call.features], call.grad.abs())
     terms = call.terms()
-    for result in (pooled, *again):  # backward of backward is forward
-        assert_sums_agree(result, truth, size, terms, call.working)
+    assert_sums_agree(pooled, truth, size, terms, call.working)
+    for result in again:  # backward of backward is forward
+        assert_sums_agree(result, call.view(truth), call.view(size), terms, call.working)
     terms *= call.count * math.prod(call.problem.output_size)
     for actual, expected, magnitude in zip(grads, true_grads, grad_sizes, strict=True):
         assert_sums_agree(actual, expected, magnitude, terms, call.working)

@@ -61,6 +61,6 @@ def finish(process: "subprocess.Popen[str]", code: int = 0, seconds: float = 240
     return out + err
 
 
-def run(program: str, **options: str) -> str:
+def run(program: str, *, seconds: float = 240, **options: str) -> str:
     """Start a program and wait for it."""
-    return finish(start(program, **options))
+    return finish(start(program, **options), seconds=seconds)

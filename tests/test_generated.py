@@ -1,7 +1,7 @@
 """The public functions on generated problems, hostile ones among them; see `generated.py`.
 
-CI draws some hundred problems, always the same. For thousands of new ones:
-`pytest --hypothesis-profile=thousands tests/test_generated.py`.
+CI draws some hundred problems, always the same. For new ones, 5,000 or 20,000 for each engine:
+`pytest --hypothesis-profile=thousands tests/test_generated.py`, or `--hypothesis-profile=twenty-thousand`.
 """
 
 import os
@@ -15,14 +15,28 @@ import torchvision.ops as peer
 from generated import Call, Problem, assert_sums_agree, judge, problems
 from hypothesis import given, settings
 
+from roialign import ops
+
+
+def examples(in_ci: int) -> int:
+    """How many problems, if not as many as the profile says."""
+    return in_ci if settings().derandomize else settings().max_examples
+
 
 @given(problem=problems())
 def test_the_engine_agrees_with_the_definition(problem: Problem) -> None:
     judge(Call(problem))
 
 
+@given(problem=problems())
+@settings(max_examples=examples(in_ci=50))
+def test_the_reference_agrees_with_the_definition(problem: Problem) -> None:
+    with ops.use_reference():
+        judge(Call(problem))
+
+
 @given(problem=problems(most_maps=1, dtypes=("float32", "float64"), mixed=False))
-@settings(max_examples=100)
+@settings(max_examples=examples(in_ci=100))
 def test_the_definition_agrees_with_torchvision(problem: Problem) -> None:
     """Where torchvision is defined: one map, finite boxes, not far larger than the map nor inside out."""
     call = Call(problem._replace(way="rows", given_levels=None, spoilt=[], spoilt_grad=None))
@@ -46,8 +60,9 @@ def test_the_gpu_engine_in_the_interpreter_agrees_with_the_definition() -> None:
     """In a process of its own, because Triton reads its environment when it is imported."""
     pytest.importorskip("triton", minversion="3.3")
     program = Path(__file__).parent / "gpu_generated.py"
-    command = [sys.executable, "-W", "ignore", str(program), "30"]
+    count = examples(in_ci=30)
+    command = [sys.executable, "-W", "ignore", str(program), str(count)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900 + count)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "all 30 agree" in done.stdout
+    assert f"all {count} agree" in done.stdout
