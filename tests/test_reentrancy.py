@@ -217,5 +217,9 @@ event.register("numba:compile", Listener())
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_signal_handler_that_pools_during_the_first_call(moment, tmp_path):
-    program = COLD + MOMENTS[moment] + "\ncheck()\nassert inside\ncheck()\n"
+    program = (
+        COLD
+        + MOMENTS[moment]
+        + "\ncheck()\nassert inside\nsignal.setitimer(signal.ITIMER_REAL, 0)\ncheck()\n"
+    )
     run(program, seconds=120, NUMBA_CACHE_DIR=str(tmp_path))

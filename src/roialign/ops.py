@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import gradients, reference, schema
+from .apart import do_apart
 from .layout import is_channels_last
 from .schema import DTYPES, Maps, Pooling
 
@@ -39,7 +40,7 @@ def engine(device_type: str) -> ModuleType:
 @functools.cache
 def _load(name: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        return do_apart(importlib.import_module, name)
     except Exception as error:  # a Numba or Triton that is missing or broken can raise anything
         reason = f"{type(error).__name__}: {error}"
         warnings.warn(f"{name} cannot be used, the slow reference serves instead ({reason})", stacklevel=2)

@@ -1,5 +1,6 @@
 """How kernels are compiled: without the GIL, and kept on disk where that is possible."""
 
+import functools
 import hashlib
 import importlib.util
 import logging
@@ -12,6 +13,8 @@ from typing import Any
 
 import numba
 from numba import config, njit
+
+from ..apart import do_apart
 
 _log = logging.getLogger("roialign")
 _folder: str | None = None
@@ -84,10 +87,15 @@ def kernel(function: Callable[..., Any]) -> Any:
     them in a way of its own, each process compiles anew what is not there already, and the log says so once.
     """
     try:
-        return _kept(function)
+        compiled = _kept(function)
     except Exception as error:  # whatever it is, it is no reason to be without the engine
         _say(error)
-        return njit(nogil=True, no_cfunc_wrapper=True)(function)
+        compiled = njit(nogil=True, no_cfunc_wrapper=True)(function)
+    # What Numba calls when types are new. A call inside a call must not meet its compiler half way.
+    compile_for_args = getattr(compiled, "_compile_for_args", None)  # not documented
+    if compile_for_args is not None:
+        compiled._compile_for_args = functools.partial(do_apart, compile_for_args)
+    return compiled
 
 
 def _kept(function: Callable[..., Any]) -> Any:
