@@ -161,7 +161,15 @@ def align_with_module(input, boxes, **options):
     return roialign.RoIAlign(**options)(input, boxes)
 
 
+MAPPER = {"k_min": 2, "k_max": 5, "canonical_scale": 28, "canonical_level": 3, "eps": 1e-6, "boxlists": BOXES}
+
+
+def map_levels(boxlists, **options):
+    return roialign.LevelMapper(**options)(boxlists)
+
+
 CALLS = {
+    "LevelMapper": (map_levels, MAPPER),
     "multiscale_roi_align": (roialign.multiscale_roi_align, MULTISCALE),
     "roi_align": (roialign.roi_align, SINGLE),
     "RoIAlign": (align_with_module, SINGLE),
@@ -201,6 +209,10 @@ TAKEN = {
 }
 TAKEN["canonical_level"] |= TAKEN["spatial_scale"]
 TAKEN["canonical_scale"] = TAKEN["spatial_scale"]
+TAKEN["k_min"] = TAKEN["sampling_ratio"]
+TAKEN["k_max"] = dict.fromkeys(("NumPy integer", "array of rank 0", "tensor of rank 0"), 2)
+TAKEN["eps"] = TAKEN["canonical_level"]
+TAKEN["boxlists"] = {"empty list": []}
 TAKEN_BY = {"MultiScaleRoIAlign": {"scales": {"None": None}}}
 
 

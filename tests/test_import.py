@@ -77,6 +77,7 @@ def test_import_loads_torch_and_nothing_heavier(tmp_path):
             "gradients",
             "layout",
             "levels",
+            "mapper",
             "ops",
             "pooler",
             "reference",

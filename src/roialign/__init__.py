@@ -5,7 +5,7 @@ from typing import Any as _Any
 
 from .convert import convert_poolers
 from .functional import multiscale_roi_align, roi_align
-from .levels import LevelMapper
+from .mapper import LevelMapper
 from .pooler import MultiScaleRoIAlign, RoIAlign
 
 __version__ = "0.1.0"

@@ -1,8 +1,8 @@
 """What must not be cut in two: the first import of an engine and the compilation of a kernel.
 
 Between any two steps of a thread Python may run other code in it: a signal handler, KeyboardInterrupt, what
-the collector finds. If that pools too, it would meet modules half imported or a compiler half way. In a thread
-that nobody else uses it cannot: whoever comes meanwhile waits for the same outcome, and who is
+the collector finds. If that pools too, it would meet modules half imported or a compiler half way. In a
+thread that nobody else uses it cannot: whoever comes meanwhile waits for the same outcome, and who is
 interrupted while waiting leaves the work to be finished.
 """
 

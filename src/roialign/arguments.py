@@ -120,7 +120,7 @@ def check_features(
 
 
 def check_boxes(label: str, boxes: Tensor, columns: int, feature: Tensor) -> None:
-    """Rows of real numbers, as many columns as said, on the device of the maps."""
+    """Rows of real numbers, as many columns as said, on the device of another tensor."""
     if not isinstance(boxes, Tensor):
         raise TypeError(f"{label} must be a tensor, got {type(boxes).__name__}")
     if boxes.layout != torch.strided or boxes.is_nested:
@@ -133,6 +133,18 @@ def check_boxes(label: str, boxes: Tensor, columns: int, feature: Tensor) -> Non
         raise TypeError(f"{label} must hold real numbers, got {boxes.dtype}")
     if boxes.device != feature.device:
         raise ValueError(f"{label} must be on the device of the maps, {feature.device}, got {boxes.device}")
+
+
+def check_boxlists(boxlists: Iterable[Tensor]) -> Sequence[Tensor]:
+    """Tensors `(L, 4)` on one device."""
+    if isinstance(boxlists, Tensor):
+        raise TypeError(f"boxlists must be a list of tensors (L, 4), got {type(boxlists).__name__}")
+    boxlists = _items("boxlists", boxlists, "a list of tensors (L, 4)")
+    for i, b in enumerate(boxlists):
+        check_boxes(f"boxlists[{i}]", b, 4, b)
+        if b.device != boxlists[0].device:
+            raise ValueError(f"boxlists[{i}] must be on the device {boxlists[0].device}, got {b.device}")
+    return boxlists
 
 
 def check_boxes_of_images(boxes: Iterable[Tensor], features: list[Tensor]) -> Sequence[Tensor]:

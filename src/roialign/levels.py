@@ -125,14 +125,14 @@ def _least_area_above(
     while at_most < above:
         middle = (at_most + above) // 2
         area = torch.tensor([middle], dtype=integers).view(dtype)
-        if _wanted_level(area, canonical_scale, canonical_level) > level:
+        if wanted_level(area, canonical_scale, canonical_level) > level:
             above = middle
         else:
             at_most = middle + 1
     return torch.tensor([above], dtype=integers).view(dtype).item()
 
 
-def _wanted_level(area: Tensor, canonical_scale: float, canonical_level: float, eps: float = EPS) -> Tensor:
+def wanted_level(area: Tensor, canonical_scale: float, canonical_level: float, eps: float = EPS) -> Tensor:
     """Equation 1 of FPN (arXiv:1612.03144): a whole number, minus infinity, or NaN.
 
     The order of the operations is torchvision's, so that sizes of exactly `canonical_scale * 2^k` fall on
@@ -144,57 +144,3 @@ def _wanted_level(area: Tensor, canonical_scale: float, canonical_level: float, 
 def map_levels_of(scales: Sequence[float]) -> list[int]:
     """The pyramid level of each map, `round(log2(stride))`."""
     return [round(-math.log2(scale)) for scale in scales]
-
-
-class LevelMapper:
-    """Equation 1 of FPN: which of the maps `k_min .. k_max` serves each box.
-
-    `floor(canonical_level + log2(sqrt(w * h) / canonical_scale) + eps)`, clamped to the levels
-    present. A box without area, or turned inside out, goes to the finest map.
-
-    Args:
-        k_min: level of the finest map; level `k` has stride `2^k`.
-        k_max: level of the coarsest map.
-        canonical_scale: side of the square box, in pixels of the image, that `canonical_level` serves.
-        canonical_level: k0 in the equation.
-        eps: added outside the logarithm, as in torchvision.
-
-    Examples:
-        >>> mapper = LevelMapper(2, 5)
-        >>> mapper([torch.tensor([[0.0, 0.0, 224.0, 224.0], [0.0, 0.0, 30.0, 30.0]])])
-        tensor([2, 0])
-    """
-
-    def __init__(
-        self,
-        k_min: int,
-        k_max: int,
-        canonical_scale: int = 224,
-        canonical_level: int = 4,
-        eps: float = EPS,
-    ) -> None:
-        if k_min > k_max:
-            raise ValueError(f"k_min must not exceed k_max, got k_min={k_min}, k_max={k_max}")
-        self.k_min = k_min
-        self.k_max = k_max
-        self.s0 = canonical_scale
-        self.lvl0 = canonical_level
-        self.eps = eps
-
-    def __call__(self, boxlists: list[Tensor]) -> Tensor:
-        """Map boxes to levels.
-
-        Args:
-            boxlists: one `(L, 4)` tensor per image, `(x1, y1, x2, y2)` in pixels of the image.
-
-        Returns:
-            `(K,)` int64: the level of each box of all lists, counted from `k_min`.
-        """
-        x1, y1, x2, y2 = torch.cat([_at_least_float32(b) for b in boxlists]).unbind(1)
-        wanted = _wanted_level((x2 - x1) * (y2 - y1), self.s0, self.lvl0, self.eps)
-        # A NaN, of a box that is turned inside out along one axis, stays at the finest.
-        return wanted.nan_to_num(self.k_min).clamp(self.k_min, self.k_max).long() - self.k_min
-
-
-def _at_least_float32(boxes: Tensor) -> Tensor:
-    return boxes if boxes.dtype == torch.float64 else boxes.float()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from . import arguments, functional  # as a module, so that torch.fx finds the functions it keeps whole
 
 # By name: torchvision need not be installed, nor its class stand where it stood.
-LEVEL_MAPPERS = ("torchvision.ops.poolers.LevelMapper", "roialign.levels.LevelMapper")
+LEVEL_MAPPERS = ("torchvision.ops.poolers.LevelMapper", "roialign.mapper.LevelMapper")
 
 
 class MultiScaleRoIAlign(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..doctor import first_line
-from ..levels import LevelMapper
+from ..mapper import LevelMapper
 from .workloads import STRIDES, Call, Workload
 
 
