@@ -190,6 +190,22 @@ assert_right()
     assert run(COMPILING + program, NUMBA_CACHE_DIR=str(tmp_path)) == "interrupted\n"
 
 
+@pytest.mark.parametrize("seconds", [0.01, 0.1, 0.3])
+def test_an_interrupt_while_numba_is_imported(seconds):
+    program = """
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Timer(SECONDS, interrupt).start()
+try:
+    forward()
+    time.sleep(60)
+except KeyboardInterrupt:
+    pass
+assert_right(both)
+"""
+    run(program.replace("SECONDS", str(seconds)))
+
+
 def test_an_error_in_one_of_several_helpers_waits_for_the_others():
     program = """
 from roialign.cpu import memory, threads
