@@ -91,7 +91,7 @@ BAD_ARGUMENTS = {
     "flat rois": ({1: ROIS[0]}, r"rois must have shape \(K, 5\)"),
     "rois in float64": ({1: ROIS.double()}, "rois must have shape .* torch.float32"),
     "rois in half": ({1: ROIS.half()}, "rois must have shape .* torch.float32"),
-    "levels of int32": ({2: torch.zeros(10, dtype=torch.int32)}, r"levels must have shape \(K,\) and int64"),
+    "levels of int32": ({2: torch.zeros(10, dtype=torch.int32)}, r"levels must have shape \(K,\), int64"),
     "too few levels": ({2: torch.zeros(9, dtype=torch.int64)}, r"levels must have shape \(K,\)"),
     "one bin size": ({3: (3,)}, "output_size must be two positive integers"),
     "no bins": ({3: (0, 3)}, "output_size must be two positive integers"),
@@ -131,6 +131,14 @@ def test_the_operator_trusts_no_argument(case):
     replacements, message = BAD_ARGUMENTS[case]
     with pytest.raises(ValueError, match=message):
         forward_op(*replaced(cases()["contiguous"], replacements))
+
+
+def test_boxes_on_another_device_are_refused():
+    """As a CPU's are beside maps on a GPU; with "meta" for either, PyTorch itself asks for no values."""
+    with pytest.raises(ValueError, match="rois must have shape .* and device meta, got .* 'cpu'"):
+        ops._check_rois(ROIS, None, [torch.float32], torch.device("meta"))
+    with pytest.raises(ValueError, match="levels must have shape .* and device cpu, got .* 'meta'"):
+        ops._check_rois(ROIS, torch.zeros(10, dtype=torch.int64).to("meta"), [torch.float32], ROIS.device)
 
 
 @pytest.mark.parametrize("case", BAD_BACKWARD)

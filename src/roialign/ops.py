@@ -9,7 +9,7 @@ call the operators too, so arguments are checked here: no engine reads what is n
 import functools
 import importlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -74,64 +74,80 @@ def _empty_grads(engine: Any, grad: Tensor, maps: Maps) -> list[Tensor]:
     ]
 
 
-def _check(rule: str, holds: bool, received: object) -> None:
+def _require(holds: bool, rule: str, received: Callable[[], object]) -> None:
     if not holds:
-        raise ValueError(f"{schema.NAMESPACE}: {rule}, got {received}")
+        raise ValueError(f"{schema.NAMESPACE}: {rule}, got {received()}")
+
+
+def _shown(*tensors: Tensor) -> list[tuple[Any, ...]]:
+    return [(tuple(t.shape), t.dtype, str(t.device)) for t in tensors]
 
 
 def _check_features(features: Sequence[Tensor]) -> None:
-    """As `functional` does, for those who call the operator itself."""
-    _check("features must hold at least one map", len(features) > 0, 0)
+    """As `arguments` does, for those who call the operator itself."""
+    _require(len(features) > 0, "features must hold at least one map", lambda: 0)
     first = features[0]
     for f in features:
         sound = f.dim() == 4 and f.shape[:2] == first.shape[:2] and f.shape[2] > 0 and f.shape[3] > 0
-        if not (sound and f.dtype in DTYPES and f.device == first.device):
-            _check(
-                "features must be non-empty maps (N, C, H, W) of one N, C and device, "
-                "of float32, float64, float16 or bfloat16",
-                False,
-                [(tuple(f.shape), f.dtype, str(f.device)) for f in features],
-            )
+        _require(
+            sound and f.dtype in DTYPES and f.device == first.device,
+            "features must be non-empty maps (N, C, H, W) of one N, C and device, "
+            "of float32, float64, float16 or bfloat16",
+            lambda: _shown(*features),
+        )
 
 
-def _check_boxes(
-    rois: Tensor, levels: Tensor | None, pooling: Pooling, maps: int, dtypes: Sequence[torch.dtype]
+def _check_rois(
+    rois: Tensor, levels: Tensor | None, dtypes: Sequence[torch.dtype], device: torch.device
 ) -> None:
     working = torch.float64 if torch.float64 in dtypes else torch.float32
-    if not (rois.dim() == 2 and rois.shape[1] == 5 and rois.dtype == working):
-        _check(f"rois must have shape (K, 5) and {working}", False, (tuple(rois.shape), rois.dtype))
-    if levels is not None and not (
-        levels.dim() == 1 and levels.shape[0] == rois.shape[0] and levels.dtype == torch.int64
-    ):
-        _check("levels must have shape (K,) and int64", False, (tuple(levels.shape), levels.dtype))
-    if not (len(pooling.output_size) == 2 and min(pooling.output_size) > 0):
-        _check("output_size must be two positive integers", False, pooling.output_size)
-    _check("scales must hold one number per map", len(pooling.scales) == maps, pooling.scales)
-    _check("sampling_ratio must be 0 or more", pooling.sampling_ratio >= 0, pooling.sampling_ratio)
-    order = pooling.order
-    if not (len(order) == len(pooling.thresholds) + 1 and min(order) >= 0 and max(order) < maps):
-        _check("order must hold a map for each threshold and one more", False, (pooling.thresholds, order))
+    _require(
+        rois.dim() == 2 and rois.shape[1] == 5 and rois.dtype == working and rois.device == device,
+        f"rois must have shape (K, 5), {working} and device {device}",
+        lambda: _shown(rois),
+    )
+    if levels is not None:
+        sound = levels.dim() == 1 and levels.shape[0] == rois.shape[0] and levels.dtype == torch.int64
+        _require(
+            sound and levels.device == device,
+            f"levels must have shape (K,), int64 and device {device}",
+            lambda: _shown(levels),
+        )
 
 
-def _check_forward(features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, pooling: Pooling) -> None:
-    _check_features(features)
-    _check_boxes(rois, levels, pooling, len(features), [f.dtype for f in features])
+def _check_pooling(pooling: Pooling, maps: int) -> None:
+    size, scales, ratio, _, thresholds, order = pooling
+    _require(len(size) == 2 and min(size) > 0, "output_size must be two positive integers", lambda: size)
+    _require(len(scales) == maps, "scales must hold one number per map", lambda: scales)
+    _require(ratio >= 0, "sampling_ratio must be 0 or more", lambda: ratio)
+    _require(
+        len(order) == len(thresholds) + 1 and min(order) >= 0 and max(order) < maps,
+        "order must hold a map for each threshold and one more",
+        lambda: (thresholds, order),
+    )
 
 
 def _check_backward(grad: Tensor, rois: Tensor, levels: Tensor | None, maps: Maps, pooling: Pooling) -> None:
     shape, dtypes, channels_last = maps
     n = len(dtypes)
-    if not (n > 0 and len(shape) == 2 + 2 * n and len(channels_last) == n and min(shape[2:]) > 0):
-        _check("shape, dtypes and channels_last must describe the same maps", False, maps)
-    _check("dtypes must be indices of a dtype", min(dtypes) >= 0 and max(dtypes) < len(DTYPES), dtypes)
-    _check_boxes(rois, levels, pooling, n, [DTYPES[i] for i in dtypes])
-    if not (
+    _require(
+        n > 0 and len(shape) == 2 + 2 * n and len(channels_last) == n and min(shape[2:]) > 0,
+        "shape, dtypes and channels_last must describe the same maps",
+        lambda: maps,
+    )
+    _require(
+        min(dtypes) >= 0 and max(dtypes) < len(DTYPES), "dtypes must be indices of a dtype", lambda: dtypes
+    )
+    _check_rois(rois, levels, [DTYPES[i] for i in dtypes], grad.device)
+    _check_pooling(pooling, n)
+    _require(
         grad.dim() == 4
         and grad.shape[0] == rois.shape[0]
         and tuple(grad.shape[2:]) == tuple(pooling.output_size)
-        and grad.dtype in DTYPES
-    ):
-        _check("grad must have shape (K, C, *output_size)", False, (tuple(grad.shape), grad.dtype))
+        and grad.dtype in DTYPES,
+        "grad must have shape (K, C, *output_size)",
+        lambda: _shown(grad),
+    )
 
 
 def _check_rows(rois: Tensor, levels: Tensor | None, images: int, maps: int) -> None:
@@ -150,7 +166,9 @@ def _check_rows(rois: Tensor, levels: Tensor | None, images: int, maps: int) -> 
 
 def _forward(features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, *rest: Any) -> Tensor:
     pooling = Pooling(*rest)
-    _check_forward(features, rois, levels, pooling)
+    _check_features(features)
+    _check_rois(rois, levels, [f.dtype for f in features], features[0].device)
+    _check_pooling(pooling, len(features))
     if rois.device.type == "cpu":
         _check_rows(rois, levels, features[0].shape[0], len(features))
     module = engine(rois.device.type)
