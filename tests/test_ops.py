@@ -135,9 +135,9 @@ def test_the_operator_trusts_no_argument(case):
 
 def test_boxes_on_another_device_are_refused():
     """As a CPU's are beside maps on a GPU; with "meta" for either, PyTorch itself asks for no values."""
-    with pytest.raises(ValueError, match="rois must have shape .* and device meta, got .* 'cpu'"):
+    with pytest.raises(ValueError, match=r"rois must have shape .* and device meta, got .* 'cpu'"):
         ops._check_rois(ROIS, None, [torch.float32], torch.device("meta"))
-    with pytest.raises(ValueError, match="levels must have shape .* and device cpu, got .* 'meta'"):
+    with pytest.raises(ValueError, match=r"levels must have shape .* and device cpu, got .* 'meta'"):
         ops._check_rois(ROIS, torch.zeros(10, dtype=torch.int64).to("meta"), [torch.float32], ROIS.device)
 
 
