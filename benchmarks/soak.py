@@ -43,8 +43,8 @@ WARM_UP = 0.25  # of the run, which does not count
 # The least that can leak in a call is a Python object, some 50 bytes; one in a hundred calls would be found.
 LEAK_BYTES = 50
 LEAK_OBJECTS = 0.01
-# What may grow though nothing leaks: the scratch that helpers keep for the next call, at most 16 MB each but
-# mostly there after the warm-up; and what the C library keeps free, a heap of 64 MB for each thread.
+# What may grow though nothing leaks: tables of the interpreter; and what the C library keeps free, a heap of
+# 64 MB for each thread. The arenas of the calls are there after the warm-up.
 SLACK_ALLOCATED = 8.0
 SLACK_RESIDENT = 67.1 * (CALLERS + MOST_THREADS)
 
