@@ -153,7 +153,8 @@ def _register(
     apply_here = super(Function, function).apply  # without what torch.func adds, which takes 20 us
 
     def autograd(*args: Any) -> Any:
-        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        first = args[0] if isinstance(args[0], list) else args[:1]  # the features, or the gradient
+        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (*first, args[1]))
         if wanted or forward_ad._current_level >= 0:
             return result(apply_here(*arguments(*args)))
         with _below_autograd():
