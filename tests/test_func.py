@@ -242,6 +242,7 @@ def test_a_batch_of_gradients():
         torch.testing.assert_close(one, torch.autograd.grad(out, leaf, g, retain_graph=True)[0])
 
 
+@pytest.mark.filterwarnings("ignore:Please use `torch.vmap` instead")  # PyTorch's own, in 2.6
 def test_gradcheck_of_every_kind():
     leaf = X.clone().requires_grad_()
     assert torch.autograd.gradcheck(pool_x, leaf, check_forward_ad=True, check_batched_grad=True)

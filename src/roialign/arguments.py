@@ -230,7 +230,7 @@ def check_scales_are_not_strides(
     if image_shapes is None or max(scales) <= 1:
         return
     sizes = check_image_shapes(image_shapes, 0)
-    height, width = (max([size[axis] for size in sizes], default=0) for axis in (0, 1))
+    height, width = (max([0, *(size[axis] for size in sizes)]) for axis in (0, 1))
     for scale, (rows, columns) in zip(scales, map_sizes, strict=True):
         finer = math.floor(scale)
         if scale > 1 and 4 * rows <= finer * height and 4 * columns <= finer * width:
