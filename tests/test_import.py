@@ -142,8 +142,8 @@ def pool(package):
     assert x.grad.sum() == 8
     def call(x):
         return package.roi_align(x, [torch.tensor([[1.0, 1, 5, 5]])], 2)
-    if package is not sys.modules[package.__name__] and torch.__version__ < "2.9":
-        return  # its compiler looks up modules by name
+    if torch.__version__ < "2.9":
+        return  # its compiler does not survive a purge
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), call(x))
 """
