@@ -2,12 +2,13 @@
 
 import functools
 import math
-import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .apart import do_apart
 
 EPS = 1e-6  # torchvision's, added outside the logarithm
 
@@ -102,18 +103,14 @@ def _staircase(numbers: tuple[float, ...], dtype: torch.dtype) -> Staircase:
     *scales, canonical_scale, canonical_level = numbers
     map_levels = map_levels_of(scales)
     first = {level: map_levels.index(level) for level in sorted(set(map_levels))}
-    thresholds: list[float] = []
+    steps = list(first)[:-1]
 
-    def find_thresholds() -> None:
-        for_all = (canonical_scale, canonical_level, dtype)
-        thresholds.extend(_least_area_above(level, *for_all) for level in list(first)[:-1])
+    def thresholds() -> tuple[float, ...]:
+        return tuple(_least_area_above(level, canonical_scale, canonical_level, dtype) for level in steps)
 
     # In a thread of its own, for there no mode is active that would make these few numbers symbols, nodes
     # of a graph, or tensors of another device.
-    thread = threading.Thread(target=find_thresholds)
-    thread.start()
-    thread.join()
-    return Staircase(tuple(thresholds), tuple(first.values()))
+    return Staircase(do_apart(thresholds), tuple(first.values()))
 
 
 def _least_area_above(
