@@ -15,6 +15,7 @@ import roialign
 from roialign import ops, roi_align
 from roialign.testing import random_boxes
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have its background jobs ignore it
 torch.set_num_threads(2)
 feature = torch.rand(1, 64, 64, 64, generator=torch.Generator().manual_seed(0))
 boxes = random_boxes([200], image_size=(256, 256))

@@ -199,6 +199,7 @@ threading.Timer(SECONDS, interrupt).start()
 try:
     forward()
     time.sleep(60)
+    raise AssertionError("not interrupted")
 except KeyboardInterrupt:
     pass
 assert_right(both)
