@@ -43,7 +43,7 @@ def compiled(*, anew: int) -> str:
     return f"""
 assert_right()
 from roialign.cpu import forward, tables
-kernels = [tables.assign, tables.fill, tables.sort, forward.group, forward.run]
+kernels = [tables.survey, tables.sort, tables.fill, forward.group, forward.run]
 misses = sum(sum(kernel.stats.cache_misses.values()) for kernel in kernels)
 assert misses == {anew}, misses
 """
