@@ -55,7 +55,7 @@ class AxisAt(NamedTuple):
 
 
 @part
-def _home(tag, problem, k):
+def home_of(tag, problem, k):
     """The map `image * n_levels + level` of RoI k, or -1 if it cannot be pooled."""
     number = type(tag)
     size = size_of(tag)
@@ -147,7 +147,7 @@ def survey(tag, problem, n, keys, rows, homes, spans, counts):
         put(counts, row, ZERO)
     lost = ZERO
     for k in range(n):
-        home = _home(tag, problem, k)
+        home = home_of(tag, problem, k)
         level = home % problem.n_levels
         if home < 0:
             put(keys, k, -ONE)
@@ -212,7 +212,7 @@ def measure(tag, problem, order, n, room, y_base, x_base):
     put(x_base, 0, ZERO)
     for i in range(n):
         k = get(order, i)
-        level = _home(tag, problem, k) % problem.n_levels
+        level = home_of(tag, problem, k) % problem.n_levels
         y_taps = _count(tag, problem, k, ZERO, level, problem.bins_y)
         x_taps = _count(tag, problem, k, ONE, level, problem.bins_x)
         if i and ys + xs + y_taps + x_taps > room:
@@ -221,6 +221,19 @@ def measure(tag, problem, order, n, room, y_base, x_base):
         put(y_base, i + 1, ys)
         put(x_base, i + 1, xs)
     return n, ys, xs
+
+
+@kernel
+def most_taps(tag, problem, n):
+    """Of an adaptive grid: room for the most taps that a RoI has along y and along x."""
+    ys = xs = ZERO
+    for k in range(n):
+        home = home_of(tag, problem, k)
+        if home >= 0:
+            level = home % problem.n_levels
+            ys = max(ys, _count(tag, problem, k, ZERO, level, problem.bins_y))
+            xs = max(xs, _count(tag, problem, k, ONE, level, problem.bins_x))
+    return ys, xs
 
 
 @part
@@ -250,17 +263,17 @@ def fill(tag, problem, order, n, ys, xs, homes, place, longest):
     rows = columns = taps = ZERO
     for i in range(n):
         k = get(order, i)
-        home = _home(tag, problem, k)
+        home = home_of(tag, problem, k)
         put(homes, i, home)
         level = home % problem.n_levels
-        rows = max(rows, _fill_axis(tag, problem, k, ZERO, level, problem.bins_y, ys, i, place))
-        columns = max(columns, _fill_axis(tag, problem, k, ONE, level, problem.bins_x, xs, i, place))
+        rows = max(rows, fill_axis(tag, problem, k, ZERO, level, problem.bins_y, ys, i, place))
+        columns = max(columns, fill_axis(tag, problem, k, ONE, level, problem.bins_x, xs, i, place))
         taps = max(taps, get(xs.start, i * (problem.bins_x + 1) + problem.bins_x))
     return rows, columns, taps
 
 
 @part
-def _fill_axis(tag, problem, k, axis, level, bins, table, i, place):
+def fill_axis(tag, problem, k, axis, level, bins, table, i, place):
     """The tables of RoI k, as number i of its table; returns how many cells it touches."""
     start, size = _span(tag, problem, k, axis, level)
     starts, base = table.start + 8 * i * (bins + 1), get(table.base, i)
