@@ -81,6 +81,7 @@ class Tables(NamedTuple):
     rows: int  # the most that a RoI touches
     columns: int
     x_taps: int  # the most that a RoI has
+    longest: int  # cells along any axis of a map
 
 
 def forward(
@@ -137,7 +138,7 @@ def _forward_planes(
     job = (_TAG[dtype], tag, _TAG[out.dtype], problem, _at(pooled), channels, n, at_once, pieces,
            max(height, width), _at(lost))
     owned = (out, features, maps, rois, levels, constants, pooled, lost)
-    _run(planes.run, job, planes.Room, sizes, math.ceil(n / at_once) * pieces, work, arena, owned)
+    _run(planes.run, job, _one_room(planes.Room), sizes, math.ceil(n / at_once) * pieces, work, arena, owned)
     return lost[0] > 0
 
 
@@ -177,7 +178,7 @@ def _forward_in_place(
     tasks = math.ceil(t.number / direct_kernel.ROIS)
     line, work = max(most, out.shape[3] + 1), t.taps * out.shape[1]
     sizes = _scratch(line, entries, dtype)
-    _run(direct_kernel.run, (*job, t.number, *rest), Scratch, sizes, tasks, work, arena, owned)
+    _run(direct_kernel.run, (*job, t.number, *rest), _one_room(Scratch), sizes, tasks, work, arena, owned)
 
 
 def _forward_packed(
@@ -192,7 +193,8 @@ def _forward_packed(
     line, work = max(t.rows, t.columns, *out.shape[2:]) + 1, t.taps * out.shape[1]
     job = (*job, groups, number, *rest)
     sizes = _scratch(line, entries, dtype)
-    _run(forward_kernel.run, job, Scratch, sizes, number * blocks, work, arena, owned)
+    rooms = planes.sizes(0, 0, t.rows, t.longest, tuple(out.shape[2:]), 1, dtype.itemsize, 0)
+    _run(forward_kernel.run, job, _two_rooms, (*sizes, *rooms), number * blocks, work, arena, owned)
 
 
 def backward(
@@ -240,9 +242,9 @@ def _backward_planes(
     pooled = _describe(grad)
     job = (_TAG[dtype], tag, _TAG[grad.dtype], survey.problem, _at(pooled), channels, tasks.ctypes.data,
            len(tasks), survey.keys, survey.order, _at(maps.first), survey.spans, max(height, width))
-    work = n * grad[0].numel() * 16 + sum(g.numel() for g in grads)
+    work = grad.numel() * 16 + sum(g.numel() for g in grads)
     owned = (grads, grad, maps, survey, pooled, tasks)
-    _run(planes.run_backward, job, planes.Room, sizes, len(tasks), work, arena, owned)
+    _run(planes.run_backward, job, _one_room(planes.Room), sizes, len(tasks), work, arena, owned)
 
 
 def _most_taps(problem: tables.Problem, tag: Any, n: int, pooling: Pooling) -> tuple[int, int]:
@@ -335,7 +337,7 @@ class _Backward:
         work, line = (t.taps + cells * self.maps.images) * channels, max(t.rows, t.columns, height, width) + 1
         owned = (*self.owned, tasks)
         sizes = _scratch(line, entries, self.working)
-        _run(backward_kernel.run, job, Scratch, sizes, len(tasks), work, self.arena, owned)
+        _run(backward_kernel.run, job, _one_room(Scratch), sizes, len(tasks), work, self.arena, owned)
 
 
 def _run(
@@ -355,14 +357,23 @@ def _run(
     starts = tuple(itertools.accumulate((-(-size // 64) * 64 for size in sizes), initial=0))
 
     def take_tasks(counter: int, memory: int) -> None:
-        kernel(counter, *job, room(*(memory + start for start in starts[:-1])))
+        kernel(counter, *job, *room(*(memory + start for start in starts[:-1])))
 
     threads.run(take_tasks, tasks, starts[-1], work, arena, owned)
 
 
+def _one_room(room: Any) -> Any:
+    return lambda *addresses: (room(*addresses),)
+
+
+def _two_rooms(*addresses: int) -> tuple[Scratch, planes.Room]:
+    n = len(Scratch._fields)
+    return Scratch(*addresses[:n]), planes.Room(*addresses[n:])
+
+
 def _scratch(line: int, entries: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
-    """Sizes of `lanes.Scratch`: four lines of offsets, then entries."""
-    return *(8 * line,) * 4, *(n * LANES * dtype.itemsize for n in entries)
+    """Sizes of `lanes.Scratch`: lines of offsets, then entries."""
+    return *(8 * line,) * 6, *(n * LANES * dtype.itemsize for n in entries)
 
 
 def _survey(
@@ -411,7 +422,7 @@ def _fill(survey: Survey, lo: int, stop: int, maps: Maps, room: int, arena: Aren
     xs = _axis(x_base, n, n * (problem.bins_x + 1), x_taps, tag, arena)
     homes, place = arena.take(8 * n), arena.take(8 * maps.longest)
     most = tables.fill(tag, problem, order, n, ys, xs, homes, place, maps.longest)
-    return Tables(ys, xs, homes, n, y_taps + x_taps, *most)
+    return Tables(ys, xs, homes, n, y_taps + x_taps, *most, maps.longest)
 
 
 def _axis(base: int, rois: int, starts: int, taps: int, tag: Any, arena: Arena) -> tables.AxisAt:

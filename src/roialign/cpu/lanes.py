@@ -30,6 +30,8 @@ REPLACE, ADD = np.bool_(False), np.bool_(True)
 class Scratch(NamedTuple):
     """Addresses of a thread's own memory."""
 
+    cell_row: Any  # where the rows and columns of a RoI's cells lie
+    cell_column: Any
     src_row: Any  # where source rows, source columns, target rows and target columns of a sum lie
     src_column: Any
     dst_row: Any

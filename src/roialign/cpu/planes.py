@@ -147,10 +147,10 @@ def _tables(room):
 
 
 @part
-def _inner(m, channels, size):
+def side_by_side(tag, m, channels):
     """Numbers that a column of a row has side by side; 0 if rows cannot be read 16 numbers at a time."""
-    inner = _side_by_side(m, channels, size)
-    readable = get(m, COLUMN_STEP) == inner * size and get(m, WIDTH) * inner >= _whole(inner)
+    inner = _side_by_side(m, channels, size_of(tag))
+    readable = get(m, COLUMN_STEP) == inner * size_of(tag) and get(m, WIDTH) * inner >= _whole(inner)
     return inner if readable else ZERO
 
 
@@ -192,7 +192,13 @@ def run(
                 fill_axis(tag, problem, k, ZERO, level, problem.bins_y, ys, ZERO, room.place)
                 fill_axis(tag, problem, k, ONE, level, problem.bins_x, xs, ZERO, room.place)
                 src = get(m, AT) + home // problem.n_levels * get(m, IMAGE_STEP)
-                pool(src_tag, src, m, tag, out_tag, out, k, channels, ys, xs, ZERO, piece, pieces, room)
+                inner = side_by_side(src_tag, m, channels)
+                lines = channels // max(inner, ONE) * problem.bins_y
+                blocks = (lines + LANES - 1) // LANES
+                pool(
+                    src_tag, src, m, tag, out_tag, out, k, channels, inner, ys, xs, ZERO,
+                    blocks * piece // pieces * LANES, min(blocks * (piece + 1) // pieces * LANES, lines), room,
+                )  # fmt: skip
         task = fetch_add(counter)
 
 
@@ -205,10 +211,13 @@ def _lose(tag, out_tag, out, k, channels):
 
 
 @part
-def pool(src_tag, src, m, tag, out_tag, out, k, channels, ys, xs, i, piece, pieces, room):
-    """Pool a piece of RoI k, which has tables number i: some of its lines."""
+def pool(src_tag, src, m, tag, out_tag, out, k, channels, inner, ys, xs, i, first, stop, room):
+    """Pool the lines `first:stop` of RoI k, which has tables number i.
+
+    Of `inner` channels that lie side by side, a line has all; of others it is one channel's. Where `inner` is 0
+    those of a map are read one by one.
+    """
     height, width = get(out, HEIGHT), get(out, WIDTH)
-    inner = _inner(m, channels, size_of(src_tag))
     side = max(inner, ONE)
     rows = ys.cells + 8 * get(ys.base, i)
     for y in range(get(ys.touched, i)):
@@ -219,10 +228,6 @@ def pool(src_tag, src, m, tag, out_tag, out, k, channels, ys, xs, i, piece, piec
     else:
         windows = _lay_columns(cells, touched, get(m, COLUMN_STEP), tag, room)
     _lay_bins(tag, width, side, windows, room)
-    lines = channels // side * height
-    blocks = (lines + LANES - 1) // LANES
-    first = blocks * piece // pieces * LANES
-    stop = min(blocks * (piece + 1) // pieces * LANES, lines)
     entry = LANES * size_of(tag)
     base = get(xs.base, i)
     for u in range(first, stop, AT_ONCE * LANES):

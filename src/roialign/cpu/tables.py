@@ -278,10 +278,49 @@ def fill_axis(tag, problem, k, axis, level, bins, table, i, place):
     start, size = _span(tag, problem, k, axis, level)
     starts, base = table.start + 8 * i * (bins + 1), get(table.base, i)
     taps, weights = table.taps + 8 * base, table.weights + size_of(tag) * base
-    extent = _extent(problem, axis, level)
-    _fill_bins(tag, start, size, bins, extent, problem.sampling_ratio, starts, taps, weights)
-    touched = _list_cells(taps, get(starts, bins), table.cells + 8 * base, place)
+    extent, ratio, cells = _extent(problem, axis, level), problem.sampling_ratio, table.cells + 8 * base
+    touched = _fill_rising(tag, start, size, bins, extent, ratio, starts, taps, weights, cells)
+    if touched < 0:
+        _fill_bins(tag, start, size, bins, extent, ratio, starts, taps, weights)
+        touched = _list_cells(taps, get(starts, bins), cells, place)
     put(table.touched, i, touched)
+    return touched
+
+
+@part
+def _fill_rising(tag, start, size, bins, extent, sampling_ratio, starts, taps, weights, cells):
+    """Both lists in one pass, if no sampling point lies on a cell below that of the one before it; else -1.
+
+    A cell is then the last in its list or the one before that, or else it is new.
+    """
+    number = type(tag)
+    bin_size = size / number(bins)
+    n = touched = before = ZERO
+    last = -ONE  # the cell listed last
+    for b in range(bins):
+        put(starts, b, n)
+        bin_start = start + number(b) * bin_size
+        grid, first, visits = _visits(tag, bin_start, bin_size, extent, sampling_ratio)
+        newest = -ONE  # the cell of the bin's last tap
+        for i in range(visits):
+            low, share = _low_cell(tag, bin_start, bin_size, grid, first + number(i), extent)
+            if low >= 0:
+                if low < before:
+                    return -ONE
+                before = low
+                high = min(low + 1, extent - 1)
+                for cell, weight in ((low, (number(1) - share) / grid), (high, share / grid)):
+                    touched = max(touched, touched + min(cell - last, ONE))
+                    last = max(last, cell)
+                    put(cells, touched - 1 - (last - cell), cell)
+                    known = cell <= newest
+                    t = n - 1 - (newest - cell) if known else n
+                    at = weights + t * size_of(tag)
+                    store_one(tag, at, weight + (load_one(tag, at) if known else number(0)))
+                    put(taps, t, touched - 1 - (last - cell))
+                    n = max(n, t + 1)
+                    newest = max(newest, cell)
+    put(starts, bins, n)
     return touched
 
 
