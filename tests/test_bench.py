@@ -1,5 +1,6 @@
 """The benchmark runs and tells what it measured; no test asserts a time."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -12,8 +13,8 @@ pytest.importorskip("torchvision")
 
 from roialign import LevelMapper, MultiScaleRoIAlign, ops
 from roialign.__main__ import main
-from roialign.bench import command, models, peers, probes, timing, workloads
-from roialign.bench.workloads import QUICK, TINY, WORKLOADS
+from roialign.bench import busy, contest, models, peers, probes, shapes, timing, workloads
+from roialign.bench.workloads import QUICK, ROIALIGN, TINY, WORKLOADS
 
 SPREAD = {"min", "q1", "median", "q3", "max", "runs"}
 
@@ -51,7 +52,7 @@ def test_everything_is_measured_printed_and_written(tmp_path, capsys):
     report = json.loads((tmp_path / "out.json").read_text())
     assert set(report) == {
         "machine", "versions", "settings", "skipped", "workloads", "floor", "first_call", "growth",
-        "models", "memory",
+        "busy", "models", "memory", "shapes",
     }  # fmt: skip
     assert set(report["machine"]) == {"cpu", "vectors", "cores", "load", "system", "date"}
     assert report["versions"]["torch"] == torch.__version__
@@ -95,9 +96,8 @@ def test_sections_can_be_chosen(tmp_path, capsys):
 def test_scratch_by_number_of_boxes(tmp_path, capsys):
     assert bench("--json", "out.json", *only("memory")) == 0
     rows = json.loads((tmp_path / "out.json").read_text())["memory"]
-    assert [(row["direction"], row["grid"]) for row in rows] == [
-        ("forward", "fixed"), ("forward", "adaptive"), ("backward", "fixed"), ("backward", "adaptive"),
-    ]  # fmt: skip
+    kinds = [(row["channels"], row["direction"], row["grid"]) for row in rows]
+    assert kinds == list(itertools.product((1, 3, 16), ("forward", "backward"), ("fixed", "adaptive")))
     for row in rows:
         assert list(row["mb"]) == ["10", "1000"]
         assert all(mb is None or -1 < mb < 64 for mb in row["mb"].values())
@@ -177,7 +177,7 @@ def test_different_results_are_an_error(monkeypatch, capsys):
         def forward(self, *arguments):
             return super().forward(*arguments) + 1e-3
 
-    monkeypatch.setattr(command, "MultiScaleRoIAlign", Wrong)
+    monkeypatch.setattr(contest, "ROIALIGN", ROIALIGN._replace(pooler=Wrong))
     assert bench(*only("one-box")) == 1
     assert "one-box: the results DIFFER" in capsys.readouterr().err
 
@@ -194,6 +194,7 @@ def test_the_reference_is_not_timed_in_silence(capsys):
     [
         (["--repeats", "0"], "--repeats must be positive, got 0"),
         (["--seconds", "-1"], "--seconds must be positive, got -1"),
+        (["--minutes", "0"], "--minutes must be positive, got 0"),
         (["--threads", "0"], "--threads must be positive, got 0"),
         (["--json", "none/out.json"], "--json must be a file in a folder that exists, got 'none/out.json'"),
         (["--json", "."], "--json must be a file in a folder that exists, got '.'"),
@@ -224,9 +225,10 @@ def test_boxes_lie_in_the_image_and_every_level_gets_some():
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_calls_return_what_is_timed(name):
     workload = WORKLOADS[name]
-    maps = workloads.make_maps(workload, TINY)
-    call = workloads.make_call(workload._replace(boxes=3), TINY, maps, MultiScaleRoIAlign)
-    pooled, grads = (3, 16, workload.bins, workload.bins), [tuple(f.shape) for f in maps.values()]
+    size = TINY._replace(channels=3)
+    maps = workloads.make_maps(workload, size)
+    call = workloads.make_call(workload._replace(boxes=3), size, maps, ROIALIGN)
+    pooled, grads = (3, 3, workload.bins, workload.bins), [tuple(f.shape) for f in maps.values()]
     expected = {"forward": [pooled], "backward": grads, "both": [pooled, *grads]}[workload.timed]
     for _ in range(2):
         assert [tuple(t.shape) for t in call()] == expected
