@@ -117,7 +117,9 @@ def _write(report: Report, args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> Report:
     """Everything that is asked for, as plain data: the content of `--json`."""
     size, effort = (QUICK if args.quick else FULL), Effort(args.seconds, args.repeats)
-    on_demand = {BUSY, MODELS, MEMORY, SHAPES} | (set() if args.plot is not None else {GROWTH})  # they take minutes
+    on_demand = {BUSY, MODELS, MEMORY, SHAPES}  # they take minutes
+    if args.plot is None:
+        on_demand.add(GROWTH)
     wanted = args.only or [s for s in SECTIONS if s not in on_demand]
     libraries, skipped = find_libraries()
     settings = {"engine": ops.engine("cpu").__name__, "threads": torch.get_num_threads(), "quick": args.quick}

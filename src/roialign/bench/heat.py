@@ -6,11 +6,12 @@ from typing import Any
 
 from ..doctor import print_table
 from .contest import OURS, THEIRS
-from .shapes import AXES, LOSING
+from .shapes import ASTONISHING, AXES, HEAT, LOSING
 
 Report = dict[str, Any]
 
 WORST = 10  # rows that are told by name
+_SHORT = {"forward": "fwd", "backward": "bwd"}
 
 
 def worst_by(rows: Sequence[Report], *axes: str) -> dict[tuple[Any, ...], float]:
@@ -33,15 +34,15 @@ def print_shapes(shapes: Report) -> None:
     named, sampled = ([row for row in rows if row["named"] is is_named] for is_named in (True, False))
     losing = sum(row["ratio"]["median"] < LOSING for row in rows)
     print(
-        f"Shapes: {len(sampled)} of {shapes['cells_of_grid']} cells of the grid, which meet "
-        f"{shapes['pairs_measured']} of {shapes['pairs_allowed']} pairs of values, and {len(named)} by name."
+        f"""Shapes: {len(sampled)} of {shapes["cells_of_grid"]} cells of the grid, which meet \
+{shapes["pairs_measured"]} of {shapes["pairs_allowed"]} pairs of values, and {len(named)} by name.
+{shapes["rule"]}
+{shapes["cells_allowed"]} are left. Maps of an 800 x 1344 image: one of stride 8, or four of strides 4 to 32.
+Half types: torchvision in float32. Ratio: torchvision / roialign, of the medians, forward or backward alone;
+below {LOSING}x or above {ASTONISHING:g}x it is measured again, and longer.
+{losing} of {len(rows)} cells lose: they are below {LOSING}x then too.
+"""
     )
-    print(f"{shapes['rule']} {shapes['cells_allowed']} are left.")
-    print(
-        "Maps of an 800 x 1344 image: one of stride 8, or four of strides 4 to 32; half types: torchvision in"
-    )
-    print("float32. Ratio: torchvision / roialign, of the medians; forward or backward alone.")
-    print(f"{losing} of {len(rows)} cells lose: below {LOSING}x, also when measured again and longer.\n")
     if sampled:
         _print_map(sampled)
         _print_axes(sampled)
@@ -52,13 +53,13 @@ def print_shapes(shapes: Report) -> None:
 
 
 def _print_map(rows: Sequence[Report]) -> None:
-    worst = worst_by(rows, "channels", "bins", "timed", "boxes")
+    worst = worst_by(rows, *HEAT)
     heads = [(timed, boxes) for timed in AXES["timed"] for boxes in AXES["boxes"]]
     cells = [
         (f"{channels}, {bins}x{bins}", *(_heat(worst.get((channels, bins, *head))) for head in heads))
         for channels, bins in sorted(worst_by(rows, "channels", "bins"))
     ]
-    columns = ("channels, bins", *(f"{timed[:3]} {boxes}" for timed, boxes in heads))
+    columns = ("channels, bins", *(f"{_SHORT[timed]} {boxes}" for timed, boxes in heads))
     print_table("The worst ratio, forward and backward, by the number of boxes", columns, cells, _style)
 
 

@@ -1,8 +1,9 @@
 """A grid of shapes, to find where torchvision is faster: too large to measure, so it is sampled.
 
 Cells that users have are named, and always measured. The others are taken from the product of all axes:
-first the fewest that meet every pair of values of two axes, by a greedy choice, then again those whose
-pairs were met least. The same minutes give the same cells on any machine, and fewer minutes fewer of them.
+first the fewest that meet every pair of values of two axes, by a greedy choice, then such as fill the heat
+map, then those whose pairs were met least. The same minutes give the same cells on any machine, and fewer
+minutes fewer of them.
 """
 
 import functools
@@ -30,11 +31,15 @@ AXES: dict[str, tuple[Any, ...]] = {
     "maps": (1, 4),
     "threads": (1, 2),
 }
+HEAT = ("channels", "bins", "timed", "boxes")  # the axes of the heat map
 IMAGE = (800, 1344)
 STRIDES_OF = {1: (8,), 4: tuple(STRIDES.values())}  # by the number of maps
 
 MOST_BYTES, MOST_SECONDS = 1e9, 1.0  # of a cell; of one of its calls to torchvision
-LOSING = 0.95  # a ratio below it is measured again, for longer, before it is believed
+LOSING, ASTONISHING = (
+    0.95,
+    20.0,
+)  # ratios below and above are measured again, longer, before they are believed
 FIRST_LOOK = 0.1  # the share of the effort that the others get
 RULE = (
     f"Left out: cells of more than {MOST_BYTES / 1e9:g} GB, and those for which torchvision would need "
@@ -118,7 +123,10 @@ def measure(
     allowed = [cell for cell in product(axes, quick) if is_allowed(cell)]
     cells = plan(allowed, axes, 60 * minutes, effort, quick)
     rows = [_measure(cell, effort, libraries) for cell in track("measuring", cells)]
-    met, possible = pairs_of(rows), pairs_of([cell.facts() for cell in allowed])
+    met, possible = (
+        pairs_of([row for row in rows if not row["named"]]),
+        pairs_of([cell.facts() for cell in allowed]),
+    )
     return {
         "rule": RULE,
         "cells_of_grid": len(list(itertools.product(*axes.values()))),
@@ -229,28 +237,32 @@ def _cost(cell: Cell, effort: Effort) -> float:
 
 
 def spread_out(facts: Sequence[Mapping[str, Any]], axes: Mapping[str, Sequence[Any]]) -> Iterator[int]:
-    """Indices of cells in an order that meets every pair of values soonest, then the rarest pairs again.
+    """Indices of cells in an order that soon meets every group of values, and then the rarest again.
 
-    Each is that which has most of the pairs met least; among equals chance decides, with a seed.
+    Each is that which has most of the groups met least; among equals chance decides, with a seed.
     """
     order = torch.randperm(len(facts), generator=torch.Generator().manual_seed(0))
-    pairs = _pair_indices(facts, axes)[order]
-    met = torch.zeros(int(pairs.max()) + 1, dtype=torch.float64)
+    groups = _groups(facts, axes)[order]
+    met = torch.zeros(int(groups.max()) + 1, dtype=torch.float64)
     taken = torch.zeros(len(facts), dtype=torch.bool)
     for _ in range(len(facts)):
-        worth = torch.pow(64.0, -met)[pairs].sum(1)  # a pair not yet met counts more than all the others
+        worth = torch.pow(64.0, -met)[groups].sum(1)  # one not yet met counts more than all the others
         chosen = int(worth.masked_fill(taken, -1.0).argmax())
-        met[pairs[chosen]] += 1
+        met[groups[chosen]] += 1
         taken[chosen] = True
         yield int(order[chosen])
 
 
-def _pair_indices(facts: Sequence[Mapping[str, Any]], axes: Mapping[str, Sequence[Any]]) -> Tensor:
-    """`(cells, pairs of axes)`: a number for each pair of values."""
-    most = max(map(len, axes.values()))
-    values = torch.tensor([[axes[name].index(fact[name]) for name in axes] for fact in facts])
-    first, second = torch.combinations(torch.arange(len(axes))).unbind(1)
-    return (torch.arange(len(first)) * most + values[:, first]) * most + values[:, second]
+def _groups(facts: Sequence[Mapping[str, Any]], axes: Mapping[str, Sequence[Any]]) -> Tensor:
+    """`(cells, groups of axes)`: a number for the values of each pair of axes, and of the heat map's."""
+    numbers: dict[Any, int] = {}
+    groups = [*itertools.combinations(axes, 2), HEAT]
+    return torch.tensor(
+        [
+            [numbers.setdefault((group, *(fact[axis] for axis in group)), len(numbers)) for group in groups]
+            for fact in facts
+        ]
+    )
 
 
 def pairs_of(facts: Sequence[Mapping[str, Any]]) -> set[tuple[Any, ...]]:
@@ -263,13 +275,13 @@ def pairs_of(facts: Sequence[Mapping[str, Any]]) -> set[tuple[Any, ...]]:
 
 
 def _measure(cell: Cell, effort: Effort, libraries: Mapping[str, Library]) -> dict[str, Any]:
-    """Times, ratio and differences; a losing ratio is measured again."""
+    """Times, ratio and differences; a ratio that is hard to believe is measured again."""
     work = cell.workload
     with threads(cell.threads):
         calls = make_calls(work, cell.size, make_maps(work, cell.size), libraries)
         agreed = agreement(work, calls, {})
         raced = first = race(calls, effort._replace(seconds=FIRST_LOOK * effort.seconds))
-        if first["ratio"]["median"] < LOSING:
+        if not LOSING <= first["ratio"]["median"] <= ASTONISHING:
             raced = race(calls, effort)
     return {
         "name": str(cell),
