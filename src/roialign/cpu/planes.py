@@ -38,6 +38,7 @@ from .tables import (
 
 AT_ONCE = np.int64(4)  # blocks that are summed into bins with one look at the taps
 TILE = np.int64(8)
+FEW = np.int64(2**10)  # taps of a RoI, the most of those that are listed
 BAND = 2**20  # most numbers of a band
 LEAST = 2**15  # that are worth a band of their own
 
@@ -71,6 +72,9 @@ class Room(NamedTuple):
     blocks: Any
     results: Any
     run: Any  # results as they are written, gradients as they were read
+    list_start: Any  # of each bin, the first cell
+    list: Any  # where they lie
+    list_weights: Any
     band: Any  # rows of the gradient map
 
 
@@ -98,7 +102,8 @@ def sizes(
         one * 4, one * max(height, width), one * height, one * line, one * width, one * bins[0], one * line,
         one * int(AT_ONCE) * inner, one * bins[1], one * int(AT_ONCE) * inner,
         entry * line, entry * line * int(AT_ONCE), entry * (bins[1] * inner * int(AT_ONCE) + 8),
-        entry * (bins[1] * inner + 1), number * band,
+        entry * (bins[1] * inner + 1),
+        one * (min(bins[0] * bins[1], int(FEW)) + 1), one * int(FEW), number * int(FEW), number * band,
     )  # fmt: skip
 
 
@@ -227,6 +232,9 @@ def pool(src_tag, src, m, tag, out_tag, out, k, channels, inner, ys, xs, i, firs
         windows = _lay_windows(cells, touched, inner, get(m, WIDTH) * inner, tag, size_of(src_tag), room)
     else:
         windows = _lay_columns(cells, touched, get(m, COLUMN_STEP), tag, room)
+    if _are_few(ys, xs, i, height, width, windows):
+        _pool_cells(src_tag, src, m, tag, out_tag, out, k, side, ys, xs, i, first, stop, room)
+        return
     _lay_bins(tag, width, side, windows, room)
     entry = LANES * size_of(tag)
     base = get(xs.base, i)
@@ -332,6 +340,70 @@ def _sum_columns_one_by_one(src_tag, plane, tag, start, taps, weights, p0, p1, t
                 weight = load_one(tag, weights + t * size)
                 total += weight * load_one(src_tag, at + get(room.rows, get(taps, t)))
             store_one(tag, to + c * size, total)
+
+
+@part
+def _pool_cells(src_tag, src, m, tag, out_tag, out, k, side, ys, xs, i, first, stop, room):
+    """Pool lines cell by cell."""
+    size, width = size_of(tag), get(out, WIDTH)
+    for x in range(get(xs.touched, i)):
+        put(room.windows, x, get(xs.cells + 8 * get(xs.base, i), x) * get(m, COLUMN_STEP))
+    height, bin_step = get(out, HEIGHT), get(out, COLUMN_STEP)
+    _list_cells(tag, ys, xs, i, height, width, room)
+    for line in range(first, stop):
+        p = line % height
+        for c in range(line // height * side, line // height * side + side):
+            at = src + c * get(m, CHANNEL_STEP)
+            to = get(out, AT) + k * get(out, IMAGE_STEP) + c * get(out, CHANNEL_STEP) + p * get(out, ROW_STEP)
+            for q in range(width):
+                t, end = get(room.list_start, p * width + q), get(room.list_start, p * width + q + 1)
+                total = type(tag)(0)
+                while t + 4 <= end:
+                    weights = room.list_weights + t * size
+                    total += (
+                        load_one(tag, weights) * load_one(src_tag, at + get(room.list, t))
+                        + load_one(tag, weights + size) * load_one(src_tag, at + get(room.list, t + 1))
+                        + load_one(tag, weights + 2 * size) * load_one(src_tag, at + get(room.list, t + 2))
+                        + load_one(tag, weights + 3 * size) * load_one(src_tag, at + get(room.list, t + 3))
+                    )
+                    t += 4
+                while t < end:
+                    weight = load_one(tag, room.list_weights + t * size)
+                    total += weight * load_one(src_tag, at + get(room.list, t))
+                    t += 1
+                store_one(out_tag, to + q * bin_step, total)
+
+
+@part
+def _list_cells(tag, ys, xs, i, height, width, room):
+    """Of each bin, where the cells lie that it reads, and their weights; without rows that lie nowhere."""
+    size = size_of(tag)
+    y_base, x_base = get(ys.base, i), get(xs.base, i)
+    y_start, x_start = ys.start + 8 * i * (height + 1), xs.start + 8 * i * (width + 1)
+    n = ZERO
+    for p in range(height):
+        for q in range(width):
+            put(room.list_start, p * width + q, n)
+            for y in range(get(y_start, p), get(y_start, p + 1)):
+                row = get(room.rows, get(ys.taps + 8 * y_base, y))
+                y_weight = load_one(tag, ys.weights + (y_base + y) * size)
+                for x in range(get(x_start, q), get(x_start, q + 1) if row >= 0 else ZERO):
+                    put(room.list, n, row + get(room.windows, get(xs.taps + 8 * x_base, x)))
+                    x_weight = load_one(tag, xs.weights + (x_base + x) * size)
+                    store_one(tag, room.list_weights + n * size, y_weight * x_weight)
+                    n += 1
+    put(room.list_start, height * width, n)
+
+
+@part
+def _are_few(ys, xs, i, height, width, windows):
+    """Whether all taps of a RoI, along y times along x, are less work than windows and blocks.
+
+    Measured: a tap of a cell takes as long as two of a window; to turn a window around, as ten.
+    """
+    y_taps = get(ys.start, i * (height + 1) + height)
+    taps = y_taps * get(xs.start, i * (width + 1) + width)
+    return taps <= FEW and height * width <= FEW and 2 * taps <= windows * (y_taps + 10 * height) + 3 * width * height
 
 
 @part
@@ -476,6 +548,10 @@ def _add(grad_tag, grad, k, c0, planes, inner, p0, p1, tag, length, plane_step, 
     """Add what RoI k gives to the band, from the rows of bins `p0:p1`."""
     entry, width = LANES * size_of(tag), get(grad, WIDTH)
     windows = _lay_windows(xs.cells, get(xs.touched, 0), inner, length, tag, size_of(tag), room)
+    height = get(grad, HEIGHT)
+    if _are_few(ys, xs, ZERO, height, width, windows):
+        _add_cells(grad_tag, grad, k, c0, planes, inner, p0, p1, tag, plane_step, ys, xs, room)
+        return
     _lay_bins(tag, width, inner, windows, room)
     rows, run = p1 - p0, width * inner
     lines, cells = planes * rows, windows * LANES
@@ -509,6 +585,26 @@ def _add(grad_tag, grad, k, c0, planes, inner, p0, p1, tag, length, plane_step, 
                     ys.start, ys.taps, ys.weights, p0 + first, p0 + last,
                 )  # fmt: skip
                 line += last - first
+
+
+@part
+def _add_cells(grad_tag, grad, k, c0, planes, inner, p0, p1, tag, plane_step, ys, xs, room):
+    """Likewise, cell by cell."""
+    size, height, width = size_of(tag), get(grad, HEIGHT), get(grad, WIDTH)
+    for x in range(get(xs.touched, 0)):
+        put(room.windows, x, get(xs.cells, x) * inner * size)
+    _list_cells(tag, ys, xs, ZERO, height, width, room)
+    for c in range(planes * inner):
+        band = room.band + c // inner * plane_step + c % inner * size
+        from_ = get(grad, AT) + k * get(grad, IMAGE_STEP) + (c0 + c) * get(grad, CHANNEL_STEP)
+        for p in range(p0, p1):
+            for q in range(width):
+                at = from_ + p * get(grad, ROW_STEP) + q * get(grad, COLUMN_STEP)
+                value = load_one(grad_tag, at)
+                for t in range(get(room.list_start, p * width + q), get(room.list_start, p * width + q + 1)):
+                    to = band + get(room.list, t)
+                    weight = load_one(tag, room.list_weights + t * size)
+                    store_one(tag, to, load_one(tag, to) + weight * value)
 
 
 @part

@@ -302,6 +302,7 @@ def _fill_rising(tag, start, size, bins, extent, sampling_ratio, starts, taps, w
         bin_start = start + number(b) * bin_size
         grid, first, visits = _visits(tag, bin_start, bin_size, extent, sampling_ratio)
         newest = -ONE  # the cell of the bin's last tap
+        share_of_point = number(1) / grid
         for i in range(visits):
             low, share = _low_cell(tag, bin_start, bin_size, grid, first + number(i), extent)
             if low >= 0:
@@ -309,14 +310,14 @@ def _fill_rising(tag, start, size, bins, extent, sampling_ratio, starts, taps, w
                     return -ONE
                 before = low
                 high = min(low + 1, extent - 1)
-                for cell, weight in ((low, (number(1) - share) / grid), (high, share / grid)):
+                for cell, weight in ((low, number(1) - share), (high, share)):
                     touched = max(touched, touched + min(cell - last, ONE))
                     last = max(last, cell)
                     put(cells, touched - 1 - (last - cell), cell)
                     known = cell <= newest
                     t = n - 1 - (newest - cell) if known else n
                     at = weights + t * size_of(tag)
-                    store_one(tag, at, weight + (load_one(tag, at) if known else number(0)))
+                    store_one(tag, at, weight * share_of_point + (load_one(tag, at) if known else number(0)))
                     put(taps, t, touched - 1 - (last - cell))
                     n = max(n, t + 1)
                     newest = max(newest, cell)
