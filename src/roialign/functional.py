@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from . import arguments, schema
-from . import ops as ops  # which the operators come with
+from . import arguments
+from . import ops as ops  # which others reach by this name
 from .levels import infer_scales, staircase
 from .rois import boxes_to_rois, working_dtype
 from .schema import Pooling
@@ -169,7 +169,7 @@ def _pool(
     canonical_scale = arguments.check_positive("canonical_scale", canonical_scale)
     canonical_level = arguments.check_number("canonical_level", canonical_level)
     steps = staircase(scales, canonical_scale, canonical_level, rois.dtype)
-    return schema.pool(features, rois, levels, Pooling(size, scales, max(ratio, 0), aligned, *steps))
+    return ops.pool(features, rois, levels, Pooling(size, scales, max(ratio, 0), aligned, *steps))
 
 
 def _rois_of_lists(boxes: Sequence[Tensor], features: list[Tensor]) -> Tensor:

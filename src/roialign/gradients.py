@@ -22,7 +22,7 @@ from .schema import DTYPES, Maps, Pooling
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-class _Pool(Function):
+class Pool(Function):
     """Features to pooled features."""
 
     @staticmethod
@@ -41,11 +41,11 @@ class _Pool(Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, scatter: Any = schema.scatter) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * (3 + len(ctx.maps.dtypes))
         rois, levels = ctx.saved_tensors
-        grads = schema.scatter(grad, rois, levels, ctx.maps, ctx.pooling)
+        grads = scatter(grad, rois, levels, ctx.maps, ctx.pooling)
         return None, None, None, *grads
 
     @staticmethod
@@ -78,7 +78,7 @@ class _Pool(Function):
 
 
 class _Scatter(Function):
-    """The adjoint of `_Pool`: gradients of pooled features to those of the features."""
+    """The adjoint of `Pool`: gradients of pooled features to those of the features."""
 
     @staticmethod
     def forward(
@@ -131,7 +131,7 @@ class _Scatter(Function):
 
 def register() -> None:
     """Make these functions the gradients of the operators."""
-    _register(schema.forward_operator, _Pool, _of_pool, lambda out: out)
+    _register(schema.forward_operator, Pool, _of_pool, lambda out: out)
     _register(schema.backward_operator, _Scatter, _of_scatter, list)
 
 

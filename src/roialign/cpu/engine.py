@@ -84,8 +84,9 @@ class Tables(NamedTuple):
 
 def forward(
     out: Tensor, features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, pooling: Pooling
-) -> None:
-    """Pool every RoI from its map; see `reference.forward`."""
+) -> bool:
+    """Pool every RoI from its map; see `reference.forward`. Whether some could not be pooled."""
+    lost = 0
     arena = Arena()
     start = arena.mark()
     rois = rois.contiguous()
@@ -97,9 +98,10 @@ def forward(
             some = out, rois, levels
             if len(rois) > _SLAB:
                 some = out[part], rois[part], None if levels is None else levels[part]
-            _forward(some[0], features, maps, *some[1:], pooling, kind, arena)
+            lost += _forward(some[0], features, maps, *some[1:], pooling, kind, arena)
             arena.rewind(start)
     arena.give_back()
+    return lost > 0
 
 
 def _forward(
@@ -111,7 +113,7 @@ def _forward(
     pooling: Pooling,
     kind: tuple[torch.dtype, bool],
     arena: Arena,
-) -> None:
+) -> int:
     survey, lost = _survey(rois, levels, maps, pooling, arena)
     if lost:
         out[torch.from_numpy(integers(survey.keys, len(rois)) == -1)] = torch.nan
@@ -126,6 +128,7 @@ def _forward(
         (_forward_in_place if in_place else _forward_packed)(job, rest, t, out, rois.dtype, arena, owned)
         arena.rewind(base)
         lo += t.number
+    return int(lost)
 
 
 def _forward_in_place(
