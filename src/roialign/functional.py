@@ -8,7 +8,7 @@ from torch import Tensor
 from . import arguments
 from . import ops as ops  # which others reach by this name
 from .levels import infer_scales, staircase
-from .rois import boxes_to_rois, working_dtype
+from .rois import boxes_to_rois, in_dtype, working_dtype
 from .schema import Pooling
 
 LevelMap = Callable[[list[Tensor]], Tensor]
@@ -106,7 +106,7 @@ def roi_align(
     features = arguments.check_features("input", [input])
     if isinstance(boxes, Tensor):
         arguments.check_boxes("boxes", boxes, 5, features[0])
-        rois = boxes.to(working_dtype(features))
+        rois = in_dtype(boxes, working_dtype(features))
     else:
         rois = _rois_of_lists(arguments.check_boxes_of_images(boxes, features), features)
     scales = [arguments.check_positive("spatial_scale", spatial_scale)]

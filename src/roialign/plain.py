@@ -61,7 +61,7 @@ def is_plain(tensors: Iterable[Tensor]) -> bool:
 
 def is_recorded(tensors: Iterable[Tensor]) -> bool:
     """Whether autograd has a say: it is on, and some of these tensors require gradients."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and True in [t.requires_grad for t in tensors]
 
 
 def autograd_is_below() -> bool:
