@@ -110,7 +110,7 @@ def roi_align(
     else:
         rois = _rois_of_lists(arguments.check_boxes_of_images(boxes, features), features)
     scales = [arguments.check_positive("spatial_scale", spatial_scale)]
-    return _pool(features, rois, None, output_size, scales, sampling_ratio, aligned, 224, 4)
+    return _pool(features, rois, None, output_size, scales, sampling_ratio, aligned, 224.0, 4.0)
 
 
 @torch.fx.wrap

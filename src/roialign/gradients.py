@@ -22,7 +22,7 @@ from .schema import DTYPES, Maps, Pooling
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-class Pool(Function):
+class _Pool(Function):
     """Features to pooled features."""
 
     @staticmethod
@@ -31,7 +31,7 @@ class Pool(Function):
             return schema.pool(features, rois, levels, pooling)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None = None) -> None:
         ctx.pooling, rois, levels, *features = inputs
         _save(ctx, rois, levels)
         ctx.maps = Maps(
@@ -78,7 +78,7 @@ class Pool(Function):
 
 
 class _Scatter(Function):
-    """The adjoint of `Pool`: gradients of pooled features to those of the features."""
+    """The adjoint of `_Pool`: gradients of pooled features to those of the features."""
 
     @staticmethod
     def forward(
@@ -131,7 +131,7 @@ class _Scatter(Function):
 
 def register() -> None:
     """Make these functions the gradients of the operators."""
-    _register(schema.forward_operator, Pool, _of_pool, lambda out: out)
+    _register(schema.forward_operator, _Pool, _of_pool, lambda out: out)
     _register(schema.backward_operator, _Scatter, _of_scatter, list)
 
 

@@ -30,9 +30,9 @@ try:
     _included = _C._dispatch_tls_local_include_set
     _excluded = _C._dispatch_tls_local_exclude_set
     _has_function_mode = _C._is_torch_function_mode_enabled
-    _has_profiler = torch.autograd._profiler_enabled
-    # All that dense tensors of the CPU have. Others have more: views that are yet to be conjugated or negated,
-    # zeros without memory, batched, functional, sparse and quantised tensors, those of other devices.
+    _has_profiler = _C._autograd._profiler_enabled
+    # All that dense tensors of the CPU have. Others have more: views that are yet to be conjugated or
+    # negated, zeros without memory, batched, functional, sparse, quantised tensors, those of other devices.
     _STRANGE = ~_bits("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
     # All that a thread has of itself: modes, transforms and tracers add to it.
     _ACTIVE = ~_bits("BackendSelect", "ADInplaceOrView")
@@ -53,10 +53,8 @@ def is_plain(tensors: Iterable[Tensor]) -> bool:
         or forward_ad._current_level >= 0  # tensors with tangents have no mark
     ):
         return False
-    for t in tensors:  # a subclass need not have a mark either
-        if type(t) not in _CLASSES or _keys_of(t).raw_repr() & _STRANGE:
-            return False
-    return True
+    strange = [type(t) not in _CLASSES or _keys_of(t).raw_repr() & _STRANGE for t in tensors]
+    return not any(strange)  # subclasses, too, need not have a mark
 
 
 def is_recorded(tensors: Iterable[Tensor]) -> bool:

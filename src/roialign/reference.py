@@ -35,7 +35,7 @@ def forward(
         pooling: scales, grid and bins.
 
     Returns:
-        Whether some RoI could not be pooled, by an engine that knows; None by one that does not, such as this.
+        Whether some RoI could not be pooled; None by an engine that does not count them, such as this.
     """
     out.fill_(torch.nan)
     if levels is None:

@@ -37,7 +37,7 @@ def boxes_to_rois(boxes: Sequence[Tensor], like: Tensor, dtype: torch.dtype) -> 
 
 
 def _joined(boxes: Sequence[Any]) -> Tensor:
-    """By NumPy, which keeps the interpreter's lock: to get it back takes milliseconds beside a busy thread."""
+    """By NumPy, which keeps the interpreter's lock: a busy thread takes milliseconds to give it back."""
     import numpy as np  # which PyTorch, too, imports when it is needed
 
     rois = np.empty((sum([len(b) for b in boxes]), 5), boxes[0].dtype)
