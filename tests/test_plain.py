@@ -1,5 +1,6 @@
 """Past the dispatcher only where it has nothing to do: whoever has a say in a call still has it."""
 
+import enum
 import math
 import threading
 import warnings
@@ -59,6 +60,14 @@ def calls(monkeypatch) -> list[str]:
     for name in ("pool", "scatter"):
         monkeypatch.setattr(schema, name, noting(name, getattr(schema, name)))
     return called
+
+
+class Two(enum.IntEnum):
+    TWO = 2
+
+
+class Half(float):
+    pass
 
 
 class Subclass(Tensor):
@@ -284,6 +293,13 @@ def test_a_subclass_comes_back():
 
 
 # the same results
+
+
+def test_numbers_of_classes_of_their_own_are_plain_numbers_to_the_engine():
+    """As the operator makes them."""
+    boxes = [b[:1] for b in BOXES]
+    actual = roialign.roi_align(maps()[0], boxes, (Two.TWO, Two.TWO), Half(0.5), Two.TWO, True)
+    assert torch.equal(actual, roialign.roi_align(maps()[0], boxes, 2, 0.5, 2, True))
 
 
 @pytest.fixture(params=[True, False], ids=["either", "operator"])

@@ -292,8 +292,10 @@ def _items(argument: str, value: Any, rule: str) -> Sequence[Any]:
 
 
 def _integer(value: Any) -> int | None:
-    if isinstance(value, (int, torch.SymInt)):  # a union stops older compilers
-        return None if isinstance(value, bool) else value  # type: ignore[return-value]
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool):
+        return None
     if hasattr(value, "ndim"):
         return _integer(_values(value))
     return operator.index(value) if hasattr(type(value), "__index__") else None
