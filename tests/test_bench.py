@@ -1,8 +1,10 @@
 """The benchmark runs and tells what it measured; no test asserts a time."""
 
+import itertools
 import json
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +12,10 @@ import torch
 
 pytest.importorskip("torchvision")
 
-from roialign import LevelMapper, MultiScaleRoIAlign, ops
+from roialign import LevelMapper, MultiScaleRoIAlign, ops, roi_align
 from roialign.__main__ import main
-from roialign.bench import command, models, peers, probes, timing, workloads
-from roialign.bench.workloads import QUICK, TINY, WORKLOADS
+from roialign.bench import busy, contest, memory, models, peers, probes, shapes, timing, workloads
+from roialign.bench.workloads import QUICK, ROIALIGN, TINY, WORKLOADS
 
 SPREAD = {"min", "q1", "median", "q3", "max", "runs"}
 
@@ -51,7 +53,7 @@ def test_everything_is_measured_printed_and_written(tmp_path, capsys):
     report = json.loads((tmp_path / "out.json").read_text())
     assert set(report) == {
         "machine", "versions", "settings", "skipped", "workloads", "floor", "first_call", "growth",
-        "models", "memory",
+        "busy", "models", "memory", "shapes",
     }  # fmt: skip
     assert set(report["machine"]) == {"cpu", "vectors", "cores", "load", "system", "date"}
     assert report["versions"]["torch"] == torch.__version__
@@ -95,13 +97,125 @@ def test_sections_can_be_chosen(tmp_path, capsys):
 def test_scratch_by_number_of_boxes(tmp_path, capsys):
     assert bench("--json", "out.json", *only("memory")) == 0
     rows = json.loads((tmp_path / "out.json").read_text())["memory"]
-    assert [(row["direction"], row["grid"]) for row in rows] == [
-        ("forward", "fixed"), ("forward", "adaptive"), ("backward", "fixed"), ("backward", "adaptive"),
-    ]  # fmt: skip
+    kinds = [(row["channels"], row["direction"], row["grid"]) for row in rows]
+    assert kinds == list(itertools.product((1,), ("forward", "backward"), ("fixed", "adaptive")))
     for row in rows:
         assert list(row["mb"]) == ["10", "1000"]
         assert all(mb is None or -1 < mb < 64 for mb in row["mb"].values())
     assert "1000 boxes" in capsys.readouterr().out
+
+
+def test_scratch_of_large_results_is_not_measured(monkeypatch):
+    monkeypatch.setattr(memory, "python", lambda *_: "1.5\n")
+    rows = memory.scratch(False)
+    assert [row["channels"] for row in rows] == [1] * 4 + [3] * 4 + [16] * 4
+    assert list(rows[-1]["mb"].values()) == [1.5, 1.5, 1.5, None]
+
+
+def test_beside_busy_threads(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(busy, "THREADS", (0, 1))
+    monkeypatch.setattr(timing, "_IN_A_ROW", 1)
+    before = threading.active_count()
+    assert bench("--json", "out.json", *only("busy")) == 0
+    assert threading.active_count() == before
+    rows = json.loads((tmp_path / "out.json").read_text())["busy"]
+    assert [row["busy"] for row in rows] == [0, 1]
+    for row in rows:
+        assert set(row["ms"]) == {"roialign", "torchvision"}
+        assert all(0 < ms["median"] <= ms["p95"] for ms in row["ms"].values())
+    assert "beside threads of pure Python" in capsys.readouterr().out
+
+
+@pytest.fixture
+def small_grid(monkeypatch):
+    axes = {
+        "channels": (1, 16), "bins": (1, 7), "boxes": (1, 10), "layout": ("NCHW", "channels_last"),
+        "dtype": ("float32", "bfloat16"), "sampling": (2, "adaptive"), "timed": ("forward", "backward"),
+        "maps": (1, 4), "threads": (1, 2),
+    }  # fmt: skip
+    monkeypatch.setattr(shapes, "AXES", axes)
+    monkeypatch.setattr(shapes, "NAMED", shapes.NAMED[:1])
+    return axes
+
+
+@pytest.mark.usefixtures("threads")
+def test_shapes_are_sampled_measured_printed_and_written(tmp_path, small_grid, capsys):
+    pytest.importorskip("matplotlib")
+    arguments = ["--minutes", "1", "--json", "out.json", "--plot", "out.png", *only("shapes")]
+    assert bench(*arguments) == 0
+    grid = json.loads((tmp_path / "out.json").read_text())["shapes"]
+    assert (grid["cells_of_grid"], grid["cells_allowed"], grid["pairs_allowed"]) == (512, 512, 144)
+    assert "more than 1 GB" in grid["rule"]
+    named, sampled = ([row for row in grid["rows"] if row["named"] is is_named] for is_named in (True, False))
+    assert [row["name"] for row in named] == ["photo to 224, 1 thread", "photo to 224, 2 threads"]
+    assert sampled
+    for row in grid["rows"]:
+        assert row["agrees"]
+        assert set(row["ms"]) == {"roialign", "torchvision"}
+        assert set(small_grid) < set(row)
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    worst = min(grid["rows"], key=lambda row: row["ratio"]["median"])["name"]
+    for words in ("Left out: ", "photo to 224, 1 thread", "bwd 10", "The worst 10", worst):
+        assert words in printed
+
+
+@pytest.mark.usefixtures("small_grid", "threads")
+def test_shapes_with_the_threads_asked_for(tmp_path):
+    assert bench("--threads", "1", "--minutes", "0.02", "--json", "out.json", *only("shapes")) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["shapes"]["rows"]
+    assert {row["threads"] for row in rows} == {1}
+
+
+@pytest.mark.usefixtures("small_grid")
+def test_shapes_need_torchvision(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.ops", None)
+    assert bench("--json", "out.json", *only("shapes")) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["shapes"] is None
+
+
+@pytest.mark.usefixtures("small_grid", "threads")
+def test_shapes_that_differ_are_told_of(monkeypatch, capsys):
+    wrong = ROIALIGN._replace(roi_align=lambda *arguments: roi_align(*arguments) * float("nan"))
+    monkeypatch.setattr(contest, "ROIALIGN", wrong)
+    assert bench("--minutes", "0.01", *only("shapes")) == 1
+    assert "shapes, photo to 224, 1 thread: the results DIFFER" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("ratio", "looks"), [(0.9, 2), (1.0, 1), (19.0, 1), (21.0, 2)])
+def test_ratios_that_are_hard_to_believe_are_measured_again(ratio, looks, monkeypatch):
+    efforts = []
+
+    def race(calls, effort):
+        efforts.append(effort.seconds)
+        return {"ms": {}, "ratio": {"median": ratio}}
+
+    monkeypatch.setattr(shapes, "race", race)
+    cell = shapes.Cell(shapes.NAMED[0], 1, TINY)
+    row = shapes._measure(cell, timing.Effort(5.0), contest.find_libraries()[0])
+    assert efforts == [0.5, 5.0][:looks]
+    assert row["first_ratio"] == ratio
+
+
+def test_samples_of_shapes_meet_all_pairs_and_grow():
+    allowed = [cell for cell in shapes.product(shapes.AXES, False) if shapes.is_allowed(cell)]
+    assert all(shapes.bytes_of(cell) <= 1e9 and shapes.seconds_of(cell) <= 1 for cell in allowed)
+    three, four = (
+        shapes.plan(allowed, shapes.AXES, 60 * minutes, timing.Effort(5.0), False) for minutes in (3, 4)
+    )
+    assert three == four[: len(three)] != four
+    named = 2 * len(shapes.NAMED)
+    assert [cell.workload for cell in three[:named:2]] == list(shapes.NAMED)
+    met = shapes.pairs_of([cell.facts() for cell in three[named:]])
+    counts = [len(values) for values in shapes.AXES.values()]
+    assert len(met) == sum(a * b for a, b in itertools.combinations(counts, 2))
+    assert all(map(shapes.is_allowed, three))
+
+
+def test_estimates_of_adaptive_grids_follow_the_boxes():
+    photo = next(work for work in shapes.NAMED if work.name == "photo to 224")
+    seconds = [shapes.seconds_of(shapes.Cell(photo._replace(ratio=r), 1, photo.size)) for r in (1, 0)]
+    assert seconds[1] == pytest.approx(9 * 5 * seconds[0])  # 1920 / 224 and 1080 / 224, rounded up
 
 
 def test_whole_detectors_do_the_same_before_and_after(tmp_path, monkeypatch, capsys):
@@ -177,7 +291,7 @@ def test_different_results_are_an_error(monkeypatch, capsys):
         def forward(self, *arguments):
             return super().forward(*arguments) + 1e-3
 
-    monkeypatch.setattr(command, "MultiScaleRoIAlign", Wrong)
+    monkeypatch.setattr(contest, "ROIALIGN", ROIALIGN._replace(pooler=Wrong))
     assert bench(*only("one-box")) == 1
     assert "one-box: the results DIFFER" in capsys.readouterr().err
 
@@ -194,6 +308,7 @@ def test_the_reference_is_not_timed_in_silence(capsys):
     [
         (["--repeats", "0"], "--repeats must be positive, got 0"),
         (["--seconds", "-1"], "--seconds must be positive, got -1"),
+        (["--minutes", "0"], "--minutes must be positive, got 0"),
         (["--threads", "0"], "--threads must be positive, got 0"),
         (["--json", "none/out.json"], "--json must be a file in a folder that exists, got 'none/out.json'"),
         (["--json", "."], "--json must be a file in a folder that exists, got '.'"),
@@ -224,9 +339,10 @@ def test_boxes_lie_in_the_image_and_every_level_gets_some():
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_calls_return_what_is_timed(name):
     workload = WORKLOADS[name]
-    maps = workloads.make_maps(workload, TINY)
-    call = workloads.make_call(workload._replace(boxes=3), TINY, maps, MultiScaleRoIAlign)
-    pooled, grads = (3, 16, workload.bins, workload.bins), [tuple(f.shape) for f in maps.values()]
+    size = TINY._replace(channels=3)
+    maps = workloads.make_maps(workload, size)
+    call = workloads.make_call(workload._replace(boxes=3), size, maps, ROIALIGN)
+    pooled, grads = (3, 3, workload.bins, workload.bins), [tuple(f.shape) for f in maps.values()]
     expected = {"forward": [pooled], "backward": grads, "both": [pooled, *grads]}[workload.timed]
     for _ in range(2):
         assert [tuple(t.shape) for t in call()] == expected

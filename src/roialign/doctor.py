@@ -9,7 +9,7 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -74,8 +74,20 @@ def run(args: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows as a table, with rich where it is installed, else as plain lines."""
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    style: Callable[[str], str] = lambda cell: "",
+) -> None:
+    """Print rows as a table, with rich where it is installed, else as plain lines.
+
+    Args:
+        title: above the table.
+        columns: their heads.
+        rows: a text for each column.
+        style: rich's name of the style of a text.
+    """
     try:
         from rich import box
         from rich.console import Console
@@ -94,7 +106,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         console = Console(width=120)
     table = Table(*columns, title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for row in rows:
-        table.add_row(*map(Text, row))  # as text: an error message may hold brackets
+        table.add_row(*(Text(cell, style(cell)) for cell in row))  # as text: an error may hold brackets
     console.print(table)
 
 

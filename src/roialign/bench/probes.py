@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import MultiScaleRoIAlign, __version__
+from .. import __version__
 from .timing import Effort, time_by_turns
-from .workloads import FULL, QUICK, TINY, WORKLOADS, Call, Size, make_call, make_maps
+from .workloads import FULL, ROIALIGN, TINY, WORKLOADS, Call, Size, make_call, make_maps
 
 _COPIED = 2**28  # bytes, beyond any cache
 
@@ -167,12 +167,12 @@ def measure_memory(name: str, quick: bool, threads: int) -> float | None:
     """
     torch.set_num_threads(threads)
     workload = WORKLOADS[name]
-    size = workload.size or (QUICK if quick else FULL)
+    size = workload.size_of(quick)
     dtype = workload.dtype
     tiny = {k: f.to(dtype) for k, f in make_maps(workload, TINY).items()}
-    make_call(workload._replace(boxes=2), TINY, tiny, MultiScaleRoIAlign)()
+    make_call(workload._replace(boxes=2), TINY, tiny, ROIALIGN)()
     maps = {k: f.to(dtype) for k, f in make_maps(workload, size).items()}
-    results, grown = resident(make_call(workload, size, maps, MultiScaleRoIAlign))
+    results, grown = resident(make_call(workload, size, maps, ROIALIGN))
     return None if grown is None else (grown - sum(t.nbytes for t in results)) / 1e6
 
 

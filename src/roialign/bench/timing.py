@@ -10,6 +10,7 @@ import torch
 
 _FEWEST, _MOST = 3, 1000  # rounds
 _SAMPLE = 2e-2  # seconds; a shorter call is repeated and its mean taken
+_IN_A_ROW = 10  # single calls, before it is another's turn
 _PAUSE = 5e-3  # seconds; the threads of one fall asleep before it is another's turn
 
 
@@ -49,6 +50,29 @@ def time_by_turns(calls: Mapping[str, Callable[[], object]], effort: Effort) -> 
     return times
 
 
+def one_by_one(calls: Mapping[str, Callable[[], object]], effort: Effort) -> dict[str, list[float]]:
+    """The seconds of single calls, some in a row of each function in turn, after each was called once."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    with _no_garbage_collection():
+        for call in calls.values():
+            call()
+        for _ in effort.rounds():
+            for name, call in calls.items():
+                times[name] += [_time(call, 1) for _ in range(_IN_A_ROW)]
+    return times
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Have torch use some threads; None: as it is."""
+    saved = torch.get_num_threads()
+    torch.set_num_threads(count or saved)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(saved)
+
+
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     enabled = gc.isenabled()
@@ -78,6 +102,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, quartiles, extremes and number of some values."""
     quantiles = torch.tensor(values, dtype=torch.float64).quantile(torch.linspace(0, 1, 5).double()).tolist()
     return dict(zip(("min", "q1", "median", "q3", "max"), quantiles, strict=True), runs=len(values))
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Below which so many percent of the values lie."""
+    return float(torch.tensor(values, dtype=torch.float64).quantile(percent / 100))
 
 
 def milliseconds(calls: Mapping[str, Callable[[], object]], effort: Effort) -> dict[str, dict[str, float]]:

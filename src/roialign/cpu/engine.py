@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from ..schema import Pooling
 from . import backward as backward_kernel
 from . import direct as direct_kernel
 from . import forward as forward_kernel
-from . import tables, threads
+from . import planes, tables, threads
 from .jit import cache_folder as cache_folder
 from .lanes import Scratch
 from .memory import Arena, integers
@@ -36,6 +36,7 @@ _ROOM = 2**20  # taps that tables have at once: 20 MB, in float64 24 MB
 _ROOM_TURNED = 2**19  # and twice that where they are turned around too
 _KEPT = 16 * 2**20  # bytes of rings that are kept from some tables to the next
 _TASKS_PER_THREAD = 4
+DIRECT, PACKED, PLANES = "direct", "packed", "planes"
 
 Array = NDArray[np.int64]
 
@@ -80,28 +81,65 @@ class Tables(NamedTuple):
     rows: int  # the most that a RoI touches
     columns: int
     x_taps: int  # the most that a RoI has
+    longest: int  # cells along any axis of a map
 
 
 def forward(
     out: Tensor, features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, pooling: Pooling
 ) -> bool:
-    """Pool every RoI from its map; see `reference.forward`. Whether some could not be pooled."""
-    lost = 0
+    """Pool every RoI from its map; see `reference.forward`. Returns whether one cannot be pooled."""
     arena = Arena()
     start = arena.mark()
     rois = rois.contiguous()
+    levels = None if levels is None else levels.contiguous()
     kinds = [_kind(f, out) for f in features]
+    lost = False
     for kind in dict.fromkeys(kinds):
         maps = _describe_maps(features, [k == kind for k in kinds])
+        dtype, way = kind
+        if way is PLANES:
+            lost |= _forward_planes(out, features, maps, rois, levels, pooling, dtype, arena)
+            arena.rewind(start)
+            continue
         for lo in range(0, len(rois), _SLAB):
             part = slice(lo, lo + _SLAB)
             some = out, rois, levels
             if len(rois) > _SLAB:
                 some = out[part], rois[part], None if levels is None else levels[part]
-            lost += _forward(some[0], features, maps, *some[1:], pooling, kind, arena)
+            lost |= _forward(some[0], features, maps, *some[1:], pooling, kind, arena)
             arena.rewind(start)
     arena.give_back()
-    return lost > 0
+    return lost
+
+
+def _forward_planes(
+    out: Tensor,
+    features: Sequence[Tensor],
+    maps: Maps,
+    rois: Tensor,
+    levels: Tensor | None,
+    pooling: Pooling,
+    dtype: torch.dtype,
+    arena: Arena,
+) -> bool:
+    tag, n, channels = _WORK[rois.dtype], len(rois), out.shape[1]
+    problem, constants = _pose(rois, levels, maps, pooling)
+    taps = _most_taps(problem, tag, n, pooling)
+    inner = channels if any(f.stride(1) == 1 for f in features) else 1
+    height, width = max(maps.heights), max(maps.widths)
+    sizes = planes.sizes(*taps, height, width, tuple(pooling.output_size), inner, rois.dtype.itemsize, 0)
+    lines = channels * pooling.output_size[0]
+    # Numbers read, of four taps along each axis; a task must be worth its tables
+    work = n * channels * pooling.output_size[0] * (4 * pooling.output_size[1] + 64)
+    wanted = _TASKS_PER_THREAD * torch.get_num_threads()
+    pieces = max(1, min(math.ceil(wanted / n), math.ceil(lines / LANES), work // 50_000))
+    at_once = max(1, min(n // (4 * wanted), 64))
+    pooled, lost = _describe(out), array("q", [0])
+    job = (_TAG[dtype], tag, _TAG[out.dtype], problem, _at(pooled), channels, n, at_once, pieces,
+           max(height, width), _at(lost))
+    owned = (out, features, maps, rois, levels, constants, pooled, lost)
+    _run(planes.run, job, _one_room(planes.Room), sizes, math.ceil(n / at_once) * pieces, work, arena, owned)
+    return lost[0] > 0
 
 
 def _forward(
@@ -111,13 +149,13 @@ def _forward(
     rois: Tensor,
     levels: Tensor | None,
     pooling: Pooling,
-    kind: tuple[torch.dtype, bool],
+    kind: tuple[torch.dtype, str],
     arena: Arena,
-) -> int:
+) -> bool:
     survey, lost = _survey(rois, levels, maps, pooling, arena)
     if lost:
         out[torch.from_numpy(integers(survey.keys, len(rois)) == -1)] = torch.nan
-    dtype, in_place = kind
+    dtype, way = kind
     pooled = _describe(out)
     tag, owned = _WORK[rois.dtype], (out, features, maps, survey, pooled)
     base, lo = arena.mark(), 0
@@ -125,10 +163,10 @@ def _forward(
         t = _fill(survey, lo, survey.done, maps, _ROOM, arena)
         job: tuple[Any, ...] = (_TAG[dtype], tag, _TAG[out.dtype], _at(maps.rows), len(features), _at(pooled))
         rest = (survey.order + 8 * lo, t.homes, t.ys, t.xs, out.shape[1])
-        (_forward_in_place if in_place else _forward_packed)(job, rest, t, out, rois.dtype, arena, owned)
+        (_forward_in_place if way is DIRECT else _forward_packed)(job, rest, t, out, rois.dtype, arena, owned)
         arena.rewind(base)
         lo += t.number
-    return int(lost)
+    return lost > 0
 
 
 def _forward_in_place(
@@ -139,7 +177,8 @@ def _forward_in_place(
     entries = direct_kernel.entries(most, out.shape[1], out.shape[3])
     tasks = math.ceil(t.number / direct_kernel.ROIS)
     line, work = max(most, out.shape[3] + 1), t.taps * out.shape[1]
-    _run(direct_kernel.run, (*job, t.number, *rest), line, entries, dtype, tasks, work, arena, owned)
+    sizes = _scratch(line, entries, dtype)
+    _run(direct_kernel.run, (*job, t.number, *rest), _one_room(Scratch), sizes, tasks, work, arena, owned)
 
 
 def _forward_packed(
@@ -153,7 +192,9 @@ def _forward_packed(
     entries = forward_kernel.entries(cells, t.columns, out.shape[3])
     line, work = max(t.rows, t.columns, *out.shape[2:]) + 1, t.taps * out.shape[1]
     job = (*job, groups, number, *rest)
-    _run(forward_kernel.run, job, line, entries, dtype, number * blocks, work, arena, owned)
+    sizes = _scratch(line, entries, dtype)
+    rooms = planes.sizes(0, 0, t.rows, t.longest, tuple(out.shape[2:]), 1, dtype.itemsize, 0)
+    _run(forward_kernel.run, job, _two_rooms, (*sizes, *rooms), number * blocks, work, arena, owned)
 
 
 def backward(
@@ -162,14 +203,57 @@ def backward(
     """The adjoint of `forward` in the features; see `reference.backward`."""
     grad = _in_one_run(grad)
     rois = rois.contiguous()
+    levels = None if levels is None else levels.contiguous()
     arena = Arena()
     start = arena.mark()
     for dtype in dict.fromkeys(g.dtype for g in grads):
         maps = _describe_maps(grads, [g.dtype == dtype for g in grads])
         survey, _lost = _survey(rois, levels, maps, pooling, arena)
-        _Backward(grads, grad, maps, survey, dtype, rois.dtype, arena).run()
+        if _backward_way(grad) is PLANES:
+            _backward_planes(grads, grad, maps, survey, len(rois), pooling, dtype, rois.dtype, arena)
+        else:
+            _Backward(grads, grad, maps, survey, dtype, rois.dtype, arena).run()
         arena.rewind(start)
     arena.give_back()
+
+
+def _backward_planes(
+    grads: Sequence[Tensor],
+    grad: Tensor,
+    maps: Maps,
+    survey: Survey,
+    n: int,
+    pooling: Pooling,
+    dtype: torch.dtype,
+    working: torch.dtype,
+    arena: Arena,
+) -> None:
+    tag, channels = _WORK[working], grad.shape[1]
+    homes = len(maps.first) - 1
+    bounds = integers(survey.bounds, homes + 1).tolist()
+    wanted = _TASKS_PER_THREAD * torch.get_num_threads()
+    tasks, band = planes.cut(grads, maps.mine, bounds, channels, wanted)
+    if not len(tasks):
+        return
+    taps = _most_taps(survey.problem, tag, n, pooling)
+    inner = channels if any(g.stride(1) == 1 for g in grads) else 1
+    height, width = max(maps.heights), max(maps.widths)
+    sizes = planes.sizes(*taps, height, width, tuple(pooling.output_size), inner, working.itemsize, band)
+    pooled = _describe(grad)
+    job = (_TAG[dtype], tag, _TAG[grad.dtype], survey.problem, _at(pooled), channels, tasks.ctypes.data,
+           len(tasks), survey.keys, survey.order, _at(maps.first), survey.spans, max(height, width))
+    work = grad.numel() * 16 + sum(g.numel() for g in grads)
+    owned = (grads, grad, maps, survey, pooled, tasks)
+    _run(planes.run_backward, job, _one_room(planes.Room), sizes, len(tasks), work, arena, owned)
+
+
+def _most_taps(problem: tables.Problem, tag: Any, n: int, pooling: Pooling) -> tuple[int, int]:
+    """Room for the most taps that a RoI has along y and x."""
+    if pooling.sampling_ratio == 0:
+        y_taps, x_taps = tables.most_taps(tag, problem, n)
+        return y_taps, x_taps
+    y_bins, x_bins = pooling.output_size
+    return 2 * pooling.sampling_ratio * y_bins, 2 * pooling.sampling_ratio * x_bins
 
 
 class _Backward:
@@ -252,32 +336,44 @@ class _Backward:
         cells = sum(h * w for h, w in zip(self.maps.heights, self.maps.widths, strict=True))
         work, line = (t.taps + cells * self.maps.images) * channels, max(t.rows, t.columns, height, width) + 1
         owned = (*self.owned, tasks)
-        _run(backward_kernel.run, job, line, entries, self.working, len(tasks), work, self.arena, owned)
+        sizes = _scratch(line, entries, self.working)
+        _run(backward_kernel.run, job, _one_room(Scratch), sizes, len(tasks), work, self.arena, owned)
 
 
 def _run(
     kernel: Any,
     job: tuple[Any, ...],
-    line: int,
-    entries: Sequence[int],
-    dtype: torch.dtype,
+    room: Callable[..., Any],
+    sizes: Sequence[int],
     tasks: int,
     work: int,
     arena: Arena,
     owned: object,
 ) -> None:
-    """Run a kernel on the threads, each with scratch of its own: four lines of offsets, then entries.
+    """Run a kernel on the threads, each with scratch of its own: `room` is the names of its parts.
 
     `job` names memory by address; `owned` is what that memory belongs to.
     """
-    line = -(-8 * line // 64) * 64
-    sizes = (line, line, line, line, *(n * LANES * dtype.itemsize for n in entries))
-    starts = tuple(itertools.accumulate(sizes, initial=0))
+    starts = tuple(itertools.accumulate((-(-size // 64) * 64 for size in sizes), initial=0))
 
     def take_tasks(counter: int, memory: int) -> None:
-        kernel(counter, *job, Scratch(*(memory + start for start in starts[:-1])))
+        kernel(counter, *job, *room(*(memory + start for start in starts[:-1])))
 
     threads.run(take_tasks, tasks, starts[-1], work, arena, owned)
+
+
+def _one_room(room: Any) -> Any:
+    return lambda *addresses: (room(*addresses),)
+
+
+def _two_rooms(*addresses: int) -> tuple[Scratch, planes.Room]:
+    n = len(Scratch._fields)
+    return Scratch(*addresses[:n]), planes.Room(*addresses[n:])
+
+
+def _scratch(line: int, entries: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
+    """Sizes of `lanes.Scratch`: lines of offsets, then entries."""
+    return *(8 * line,) * 6, *(n * LANES * dtype.itemsize for n in entries)
 
 
 def _survey(
@@ -285,7 +381,19 @@ def _survey(
 ) -> tuple[Survey, int]:
     """Put the RoIs in order; and how many cannot be pooled."""
     tag, n = _WORK[rois.dtype], len(rois)
-    levels = None if levels is None else levels.contiguous()
+    problem, constants = _pose(rois, levels, maps, pooling)
+    homes, rows = len(maps.first) - 1, maps.first[-1]
+    keys, order, spans = arena.take(8 * n), arena.take(8 * n), arena.take(8 * homes)
+    bounds, counts = arena.take(8 * (homes + 1)), arena.take(8 * rows)
+    lost = tables.survey(tag, problem, n, keys, _at(maps.first), homes, spans, counts)
+    done = tables.sort(n, keys, _at(maps.first), homes, counts, order, bounds)
+    return Survey(problem, tag, order, done, keys, spans, bounds, (rois, levels, maps, constants)), lost
+
+
+def _pose(
+    rois: Tensor, levels: Tensor | None, maps: Maps, pooling: Pooling
+) -> tuple[tables.Problem, object]:
+    """What the kernels are told of the RoIs, and what owns the constants in it."""
     constants = scales, thresholds, serving = _constants(
         tuple(pooling.scales), tuple(pooling.thresholds), tuple(pooling.order), rois.dtype
     )
@@ -295,12 +403,7 @@ def _survey(
         _at(maps.rows), _at(scales), _at(thresholds), _at(serving), len(thresholds), height, width,
         pooling.sampling_ratio, pooling.aligned,
     )  # fmt: skip
-    homes, rows = len(maps.first) - 1, maps.first[-1]
-    keys, order, spans = arena.take(8 * n), arena.take(8 * n), arena.take(8 * homes)
-    bounds, counts = arena.take(8 * (homes + 1)), arena.take(8 * rows)
-    lost = tables.survey(tag, problem, n, keys, _at(maps.first), homes, spans, counts)
-    done = tables.sort(n, keys, _at(maps.first), homes, counts, order, bounds)
-    return Survey(problem, tag, order, done, keys, spans, bounds, (rois, levels, maps, constants)), lost
+    return problem, constants
 
 
 def _fill(survey: Survey, lo: int, stop: int, maps: Maps, room: int, arena: Arena) -> Tables:
@@ -319,7 +422,7 @@ def _fill(survey: Survey, lo: int, stop: int, maps: Maps, room: int, arena: Aren
     xs = _axis(x_base, n, n * (problem.bins_x + 1), x_taps, tag, arena)
     homes, place = arena.take(8 * n), arena.take(8 * maps.longest)
     most = tables.fill(tag, problem, order, n, ys, xs, homes, place, maps.longest)
-    return Tables(ys, xs, homes, n, y_taps + x_taps, *most)
+    return Tables(ys, xs, homes, n, y_taps + x_taps, *most, maps.longest)
 
 
 def _axis(base: int, rois: int, starts: int, taps: int, tag: Any, arena: Arena) -> tables.AxisAt:
@@ -336,10 +439,23 @@ def _turn(axis: tables.AxisAt, t: Tables, bins: int, working: torch.dtype, arena
     return turned
 
 
-def _kind(feature: Tensor, out: Tensor) -> tuple[torch.dtype, bool]:
-    """What a map is read as, and whether in place."""
-    in_place = feature.stride(1) == out.stride(1) == 1 and out.shape[1] >= int(direct_kernel.WIDE)
-    return feature.dtype, in_place
+def _kind(feature: Tensor, out: Tensor) -> tuple[torch.dtype, str]:
+    """What a map is read as, and in which way."""
+    return feature.dtype, _way(feature, out)
+
+
+def _way(feature: Tensor, out: Tensor) -> str:
+    import os
+    if os.environ.get("WAY"): return {"d": DIRECT, "p": PACKED, "l": PLANES}[os.environ["WAY"]]
+    if feature.stride(1) == out.stride(1) == 1 and out.shape[1] >= int(direct_kernel.WIDE):
+        return DIRECT
+    return PLANES if out.shape[1] < LANES or out.shape[0] < 8 else PACKED
+
+
+def _backward_way(grad: Tensor) -> str:
+    import os
+    if os.environ.get("WAY"): return {"d": PACKED, "p": PACKED, "l": PLANES}[os.environ["WAY"]]
+    return PLANES if grad.shape[1] < LANES or grad.shape[0] < 8 else PACKED
 
 
 def _describe_maps(features: Sequence[Tensor], mine: list[bool]) -> Maps:

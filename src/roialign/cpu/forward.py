@@ -1,7 +1,13 @@
-"""Forward from maps of any strides: blocks of 16 channels are packed into scratch and pooled there."""
+"""Forward of many channels, 16 at a time: RoIs that read the same cells share them.
+
+RoIs of one map that lie close are a group: the rows that it needs are packed into scratch, in blocks of 16
+channels, each row once, and pooled there. A RoI that shares nothing is read in place: 16 channels at a time
+where they lie innermost, else as in `planes.py`.
+"""
 
 import numpy as np
 
+from . import planes
 from .jit import kernel, part
 from .lanes import (
     AHEAD,
@@ -44,14 +50,14 @@ def group(rois, homes, ys, xs, most, groups):
     Returns how many, and the most cells that one packs.
 
     A group packs the rows that it needs, all of its columns, if that is less work than for each RoI
-    to pack the cells that it touches. RoIs come in the order of their first row, so a ring of as
+    to read the cells that it touches. RoIs come in the order of their first row, so a ring of as
     many rows as the tallest RoI has is enough.
     """
     n = start = most_cells = ZERO
     while start < rois:
         home = get(homes, start)
         left, right, top, bottom = ONE << 40, -ONE, ONE << 40, -ONE
-        ring = touched = cells = ZERO
+        ring = touched = ZERO
         stop = start
         while stop < rois and get(homes, stop) == home and stop - start < most:
             rows, columns = get(ys.touched, stop), get(xs.touched, stop)
@@ -62,16 +68,14 @@ def group(rois, homes, ys, xs, most, groups):
                 at = xs.cells + 8 * get(xs.base, stop)
                 first, last = get(at, 0), get(at, columns - 1)
                 left, right = min(left, first), max(right, last)
-                columns = max(TILE, last - first + 1)
-                touched += rows * columns
-                cells = max(cells, rows * min(columns, _columns_at_once(rows)))
+                touched += rows * max(TILE, last - first + 1)
             stop += 1
         span = right - left + 1 if right >= 0 else ZERO
         if (bottom - top + 1) * span > WORTH * touched or ring * span > PACK_CELLS or ring == 0:
             size, ring = FEW, ZERO
         else:
-            size, cells = stop - start, ring * span
-        most_cells = max(most_cells, cells)
+            size = stop - start
+        most_cells = max(most_cells, ring * span)
         while start < stop:
             group = groups + 8 * n * GROUP_COLUMNS
             put(group, START, start)
@@ -84,60 +88,67 @@ def group(rois, homes, ys, xs, most, groups):
     return n, most_cells
 
 
-@part
-def _columns_at_once(rows):
-    return max(TILE, PACK_CELLS // max(rows, ONE))
-
-
 @kernel
 def run(
     counter, src_tag, tag, out_tag, maps, levels, out, groups, n_groups, order, homes, ys, xs, channels,
-    scratch,
+    scratch, room,
 ):  # fmt: skip
     """Take tasks until none is left. A task is a group of RoIs and 16 channels."""
     tasks = n_groups * ((channels + LANES - 1) // LANES)
     task = fetch_add(counter)
     while task < tasks:
-        group, c0 = groups + 8 * (task % n_groups) * GROUP_COLUMNS, task // n_groups * LANES
+        group = groups + 8 * (task % n_groups) * GROUP_COLUMNS
+        c0 = min(task // n_groups * LANES, channels - LANES)  # the last may overlap the one before
         home = get(homes, get(group, START))
         m = maps + 8 * (home % levels) * MAP_COLUMNS
-        src = get(m, AT) + home // levels * get(m, IMAGE_STEP) + c0 * get(m, CHANNEL_STEP)
-        lanes = min(channels - c0, LANES)
+        image = get(m, AT) + home // levels * get(m, IMAGE_STEP)
+        src = image + c0 * get(m, CHANNEL_STEP)
         shared = get(group, RING) > 0
+        straight = get(m, CHANNEL_STEP) == size_of(src_tag)
         ready = -ONE
         for i in range(get(group, START), get(group, STOP)):
             k = get(order, i)
-            columns = get(xs.touched, i)
-            if shared and columns:
-                ready = _pack_rows(src_tag, src, m, lanes, tag, scratch, group, ys, i, ready)
-            _announce(out, k, c0, lanes)
-            step = max(ONE, SUM_ENTRIES // max(columns, get(out, WIDTH)))
-            for p0 in range(0, get(out, HEIGHT), step):
-                p1 = min(p0 + step, get(out, HEIGHT))
-                u0 = ZERO
-                while u0 < columns:
-                    if shared:
-                        u1 = _place_in_ring(tag, scratch, group, ys, xs, i)
-                    else:
-                        u1 = _pack_own_cells(src_tag, src, m, lanes, tag, scratch, ys, xs, i, u0)
-                    _sum_rows(tag, scratch, u0, u1 - u0, columns, ys, i, get(out, HEIGHT), p0, p1)
-                    u0 = u1
-                _sum_columns(tag, out_tag, out, scratch, xs, i, k, c0, lanes, p0, p1)
+            if shared:
+                if get(xs.touched, i):
+                    ready = _pack_rows(src_tag, src, m, tag, scratch, group, ys, i, ready)
+                _place_in_ring(tag, scratch, group, ys, xs, i)
+                _pool(tag, scratch.cells, tag, out_tag, out, scratch, ys, xs, i, k, c0)
+            elif straight:
+                _place_in_map(m, scratch, ys, xs, i)
+                _pool(src_tag, src, tag, out_tag, out, scratch, ys, xs, i, k, c0)
+            else:
+                lines = get(out, HEIGHT)
+                planes.pool(
+                    src_tag, image, m, tag, out_tag, out, k, channels, planes.side_by_side(src_tag, m, ONE),
+                    ys, xs, i, c0 * lines, (c0 + LANES) * lines, room,
+                )  # fmt: skip
         task = fetch_add(counter)
 
 
 @part
-def _announce(out, k, c0, lanes):
+def _pool(src_tag, src, tag, out_tag, out, scratch, ys, xs, i, k, c0):
+    """Pool 16 channels of RoI k, some rows of bins at a time, from where its cells were placed."""
+    _announce(out, k, c0)
+    columns = get(xs.touched, i)
+    step = max(ONE, SUM_ENTRIES // max(columns, get(out, WIDTH)))
+    for p0 in range(0, get(out, HEIGHT), step):
+        p1 = min(p0 + step, get(out, HEIGHT))
+        _sum_rows(src_tag, src, tag, scratch, columns, ys, i, get(out, HEIGHT), p0, p1)
+        _sum_columns(tag, out_tag, out, scratch, xs, i, k, c0, p0, p1)
+
+
+@part
+def _announce(out, k, c0):
     """Ask for the memory of a result, which is written after the sums, unless it is spread out."""
     channel_step = get(out, CHANNEL_STEP)
     to = get(out, AT) + k * get(out, IMAGE_STEP) + c0 * channel_step
     if channel_step > get(out, COLUMN_STEP):
-        for byte in range(0, min(lanes * channel_step, ANNOUNCED), 64):
+        for byte in range(0, min(LANES * channel_step, ANNOUNCED), 64):
             prefetch_write(to + byte)
 
 
 @part
-def _pack_rows(src_tag, src, m, lanes, tag, scratch, group, ys, i, ready):
+def _pack_rows(src_tag, src, m, tag, scratch, group, ys, i, ready):
     """Bring the rows that RoI i needs into the ring, unless they are; returns the last that is."""
     rows = get(ys.touched, i)
     if rows == 0:
@@ -148,13 +159,13 @@ def _pack_rows(src_tag, src, m, lanes, tag, scratch, group, ys, i, ready):
     for row in range(max(ready + 1, get(cells, 0)), last + 1):
         from_ = src + row * get(m, ROW_STEP) + left * get(m, COLUMN_STEP)
         to = scratch.cells + row % ring * span * LANES * size_of(tag)
-        to_block(src_tag, from_, get(m, COLUMN_STEP), get(m, CHANNEL_STEP), tag, to, span, lanes, AHEAD)
+        to_block(src_tag, from_, get(m, COLUMN_STEP), get(m, CHANNEL_STEP), tag, to, span, LANES, AHEAD)
     return max(ready, last)
 
 
 @part
 def _place_in_ring(tag, scratch, group, ys, xs, i):
-    """Where the cells that RoI i touches lie in the ring; returns the number of its columns."""
+    """Where the cells that RoI i touches lie in the ring."""
     entry = LANES * size_of(tag)
     ring = get(group, RING)
     cells = ys.cells + 8 * get(ys.base, i)
@@ -163,58 +174,41 @@ def _place_in_ring(tag, scratch, group, ys, xs, i):
         if y == 0:
             origin = get(cells, 0) - get(cells, 0) % ring
         row = get(cells, y) - origin
-        put(scratch.src_row, y, (row if row < ring else row - ring) * get(group, SPAN) * entry)
+        put(scratch.cell_row, y, (row if row < ring else row - ring) * get(group, SPAN) * entry)
     cells = xs.cells + 8 * get(xs.base, i)
     for x in range(get(xs.touched, i)):
-        put(scratch.src_column, x, (get(cells, x) - get(group, LEFT)) * entry)
-    return get(xs.touched, i)
+        put(scratch.cell_column, x, (get(cells, x) - get(group, LEFT)) * entry)
 
 
 @part
-def _pack_own_cells(src_tag, src, m, lanes, tag, scratch, ys, xs, i, u0):
-    """Pack just the rows that RoI i touches, and of its columns those from `u0` on that there is room for.
-
-    Returns the next column.
-    """
-    entry = LANES * size_of(tag)
-    rows, columns = get(ys.touched, i), get(xs.touched, i)
-    row_cells, cells = ys.cells + 8 * get(ys.base, i), xs.cells + 8 * get(xs.base, i)
-    left = get(cells, u0)
-    u1 = u0 + 1
-    while u1 < columns and get(cells, u1) - left < _columns_at_once(rows):
-        u1 += 1
-    span = min(max(get(cells, u1 - 1) - left + 1, TILE), get(m, WIDTH))
-    left = min(left, get(m, WIDTH) - span)
-    for y in range(rows):
-        from_ = src + get(row_cells, y) * get(m, ROW_STEP) + left * get(m, COLUMN_STEP)
-        to = scratch.cells + y * span * entry
-        to_block(
-            src_tag, from_, get(m, COLUMN_STEP), get(m, CHANNEL_STEP), tag, to, span, lanes, get(m, ROW_STEP)
-        )
-        put(scratch.src_row, y, y * span * entry)
-    for u in range(u0, u1):
-        put(scratch.src_column, u - u0, (get(cells, u) - left) * entry)
-    return u1
+def _place_in_map(m, scratch, ys, xs, i):
+    """Where they lie in a map whose channels lie innermost."""
+    cells = ys.cells + 8 * get(ys.base, i)
+    for y in range(get(ys.touched, i)):
+        put(scratch.cell_row, y, get(cells, y) * get(m, ROW_STEP))
+    cells = xs.cells + 8 * get(xs.base, i)
+    for x in range(get(xs.touched, i)):
+        put(scratch.cell_column, x, get(cells, x) * get(m, COLUMN_STEP))
 
 
 @part
-def _sum_rows(tag, scratch, first, n, columns, ys, i, bins, p0, p1):
-    """Sum packed cells, for the rows of bins `p0:p1` and the columns `first:first + n` of `columns`."""
+def _sum_rows(src_tag, src, tag, scratch, columns, ys, i, bins, p0, p1):
+    """Sum cells, for the rows of bins `p0:p1`."""
     entry = LANES * size_of(tag)
     for p in range(p0, p1):
         put(scratch.dst_row, p, (p - p0) * columns * entry)
-    for u in range(n):
-        put(scratch.dst_column, u, (first + u) * entry)
+    for u in range(columns):
+        put(scratch.dst_column, u, u * entry)
     base = get(ys.base, i)
     combine(
-        tag, scratch.cells, scratch.src_row, scratch.src_column,
-        tag, scratch.sums, scratch.dst_row, scratch.dst_column, n,
+        src_tag, src, scratch.cell_row, scratch.cell_column,
+        tag, scratch.sums, scratch.dst_row, scratch.dst_column, columns,
         ys.start + 8 * i * (bins + 1), ys.taps + 8 * base, ys.weights + size_of(tag) * base, p0, p1, REPLACE,
     )  # fmt: skip
 
 
 @part
-def _sum_columns(tag, out_tag, out, scratch, xs, i, k, c0, lanes, p0, p1):
+def _sum_columns(tag, out_tag, out, scratch, xs, i, k, c0, p0, p1):
     """From row sums to bins. They pass through scratch, where sums over many taps can grow."""
     entry = LANES * size_of(tag)
     bins, columns = get(out, WIDTH), get(xs.touched, i)
@@ -234,7 +228,7 @@ def _sum_columns(tag, out_tag, out, scratch, xs, i, k, c0, lanes, p0, p1):
     )  # fmt: skip
     bin_step, channel_step = get(out, COLUMN_STEP), get(out, CHANNEL_STEP)
     to = get(out, AT) + k * get(out, IMAGE_STEP) + p0 * bins * bin_step + c0 * channel_step
-    from_block(tag, scratch.results, out_tag, to, bin_step, channel_step, (p1 - p0) * bins, lanes)
+    from_block(tag, scratch.results, out_tag, to, bin_step, channel_step, (p1 - p0) * bins, LANES)
 
 
 def entries(cells: int, columns: int, pooled_width: int) -> tuple[int, int, int]:

@@ -30,6 +30,8 @@ REPLACE, ADD = np.bool_(False), np.bool_(True)
 class Scratch(NamedTuple):
     """Addresses of a thread's own memory."""
 
+    cell_row: Any  # where the rows and columns of a RoI's cells lie
+    cell_column: Any
     src_row: Any  # where source rows, source columns, target rows and target columns of a sum lie
     src_column: Any
     dst_row: Any
@@ -152,3 +154,47 @@ def from_block(tag, block, dst_tag, dst, cell_step, channel_step, cells, channel
         for i in range(cells):
             value = load_one(tag, block + i * step + lane * size)
             store_one(dst_tag, dst + lane * channel_step + i * cell_step, value)
+
+
+@part
+def spread(
+    tag, src, src_row, src_column, dst, dst_row, dst_column, columns, start, taps, weights, lo, hi
+):  # fmt: skip
+    """dst[taps[t], i] += weights[t] * src[d, i] over the taps t of row d, for d in lo:hi, i < columns.
+
+    The adjoint of `combine`. Rows of `dst` whose offset is negative are left out.
+    """
+    for d in range(lo, hi):
+        from_ = src + get(src_row, d)
+        for t in range(get(start, d), get(start, d + 1)):
+            offset = get(dst_row, get(taps, t))
+            if offset >= 0:
+                to, weight = dst + offset, load_one(tag, weights + t * size_of(tag))
+                for i in range(columns):
+                    at = to + get(dst_column, i)
+                    store(tag, at, fma(weight, load(tag, from_ + get(src_column, i)), load(tag, at)))
+
+
+@part
+def copy_run(src_tag, src, dst_tag, dst, n):
+    """Copy n numbers that lie one after the other, converting on the way."""
+    size, dst_size = size_of(src_tag), size_of(dst_tag)
+    if n >= LANES:
+        for i in range(0, n, LANES):
+            i = min(i, n - LANES)  # the last may overlap the one before
+            store(dst_tag, dst + i * dst_size, load(src_tag, src + i * size))
+    else:
+        for i in range(n):
+            store_one(dst_tag, dst + i * dst_size, load_one(src_tag, src + i * size))
+
+
+@part
+def zero_run(tag, at, n):
+    """Clear n numbers that lie one after the other."""
+    size = size_of(tag)
+    if n >= LANES:
+        for i in range(0, n, LANES):
+            store(tag, at + min(i, n - LANES) * size, zeros(tag))
+    else:
+        for i in range(n):
+            store_one(tag, at + i * size, type(load_one(tag, at))(0))

@@ -55,7 +55,7 @@ class AxisAt(NamedTuple):
 
 
 @part
-def _home(tag, problem, k):
+def home_of(tag, problem, k):
     """The map `image * n_levels + level` of RoI k, or -1 if it cannot be pooled."""
     number = type(tag)
     size = size_of(tag)
@@ -147,7 +147,7 @@ def survey(tag, problem, n, keys, rows, homes, spans, counts):
         put(counts, row, ZERO)
     lost = ZERO
     for k in range(n):
-        home = _home(tag, problem, k)
+        home = home_of(tag, problem, k)
         level = home % problem.n_levels
         if home < 0:
             put(keys, k, -ONE)
@@ -212,7 +212,7 @@ def measure(tag, problem, order, n, room, y_base, x_base):
     put(x_base, 0, ZERO)
     for i in range(n):
         k = get(order, i)
-        level = _home(tag, problem, k) % problem.n_levels
+        level = home_of(tag, problem, k) % problem.n_levels
         y_taps = _count(tag, problem, k, ZERO, level, problem.bins_y)
         x_taps = _count(tag, problem, k, ONE, level, problem.bins_x)
         if i and ys + xs + y_taps + x_taps > room:
@@ -221,6 +221,19 @@ def measure(tag, problem, order, n, room, y_base, x_base):
         put(y_base, i + 1, ys)
         put(x_base, i + 1, xs)
     return n, ys, xs
+
+
+@kernel
+def most_taps(tag, problem, n):
+    """Of an adaptive grid: room for the most taps that a RoI has along y and along x."""
+    ys = xs = ZERO
+    for k in range(n):
+        home = home_of(tag, problem, k)
+        if home >= 0:
+            level = home % problem.n_levels
+            ys = max(ys, _count(tag, problem, k, ZERO, level, problem.bins_y))
+            xs = max(xs, _count(tag, problem, k, ONE, level, problem.bins_x))
+    return ys, xs
 
 
 @part
@@ -250,25 +263,64 @@ def fill(tag, problem, order, n, ys, xs, homes, place, longest):
     rows = columns = taps = ZERO
     for i in range(n):
         k = get(order, i)
-        home = _home(tag, problem, k)
+        home = home_of(tag, problem, k)
         put(homes, i, home)
         level = home % problem.n_levels
-        rows = max(rows, _fill_axis(tag, problem, k, ZERO, level, problem.bins_y, ys, i, place))
-        columns = max(columns, _fill_axis(tag, problem, k, ONE, level, problem.bins_x, xs, i, place))
+        rows = max(rows, fill_axis(tag, problem, k, ZERO, level, problem.bins_y, ys, i, place))
+        columns = max(columns, fill_axis(tag, problem, k, ONE, level, problem.bins_x, xs, i, place))
         taps = max(taps, get(xs.start, i * (problem.bins_x + 1) + problem.bins_x))
     return rows, columns, taps
 
 
 @part
-def _fill_axis(tag, problem, k, axis, level, bins, table, i, place):
+def fill_axis(tag, problem, k, axis, level, bins, table, i, place):
     """The tables of RoI k, as number i of its table; returns how many cells it touches."""
     start, size = _span(tag, problem, k, axis, level)
     starts, base = table.start + 8 * i * (bins + 1), get(table.base, i)
     taps, weights = table.taps + 8 * base, table.weights + size_of(tag) * base
-    extent = _extent(problem, axis, level)
-    _fill_bins(tag, start, size, bins, extent, problem.sampling_ratio, starts, taps, weights)
-    touched = _list_cells(taps, get(starts, bins), table.cells + 8 * base, place)
+    extent, ratio, cells = _extent(problem, axis, level), problem.sampling_ratio, table.cells + 8 * base
+    touched = _fill_rising(tag, start, size, bins, extent, ratio, starts, taps, weights, cells)
+    if touched < 0:
+        _fill_bins(tag, start, size, bins, extent, ratio, starts, taps, weights)
+        touched = _list_cells(taps, get(starts, bins), cells, place)
     put(table.touched, i, touched)
+    return touched
+
+
+@part
+def _fill_rising(tag, start, size, bins, extent, sampling_ratio, starts, taps, weights, cells):
+    """Both lists in one pass, if no sampling point lies on a cell below that of the one before it; else -1.
+
+    A cell is then the last in its list or the one before that, or else it is new.
+    """
+    number = type(tag)
+    bin_size = size / number(bins)
+    n = touched = before = ZERO
+    last = -ONE  # the cell listed last
+    for b in range(bins):
+        put(starts, b, n)
+        bin_start = start + number(b) * bin_size
+        grid, first, visits = _visits(tag, bin_start, bin_size, extent, sampling_ratio)
+        newest = -ONE  # the cell of the bin's last tap
+        for i in range(visits):
+            low, share = _low_cell(tag, bin_start, bin_size, grid, first + number(i), extent)
+            if low >= 0:
+                if low < before:
+                    return -ONE
+                before = low
+                high = min(low + 1, extent - 1)
+                for cell, weight in ((low, (number(1) - share) / grid), (high, share / grid)):
+                    touched = max(touched, touched + min(cell - last, ONE))
+                    last = max(last, cell)
+                    put(cells, touched - 1 - (last - cell), cell)
+                    known = cell <= newest
+                    t = n - 1 - (newest - cell) if known else n
+                    at = weights + t * size_of(tag)
+                    store_one(tag, at, weight + (load_one(tag, at) if known else number(0)))
+                    put(taps, t, touched - 1 - (last - cell))
+                    n = max(n, t + 1)
+                    newest = max(newest, cell)
+    put(starts, bins, n)
     return touched
 
 
