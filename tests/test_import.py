@@ -79,6 +79,7 @@ def test_import_loads_torch_and_nothing_heavier(tmp_path):
             "levels",
             "mapper",
             "ops",
+            "plain",
             "pooler",
             "reference",
             "rois",

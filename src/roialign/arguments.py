@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .rois import in_dtype
 from .schema import DTYPES
 
 
@@ -100,11 +101,12 @@ def check_features(
             )
         if f.layout != torch.strided or f.is_nested:
             raise TypeError(f"{label(i)} must be a dense tensor, got {_layout(f)}")
-        if f.dim() != 4:
-            raise ValueError(f"{label(i)} must have shape (N, C, H, W), got {tuple(f.shape)}")
-        images, channels, height, width = f.shape
+        shape = f.shape
+        if len(shape) != 4:
+            raise ValueError(f"{label(i)} must have shape (N, C, H, W), got {tuple(shape)}")
+        images, channels, height, width = shape
         if height < 1 or width < 1:
-            raise ValueError(f"{label(i)} must have at least one row and one column, got {tuple(f.shape)}")
+            raise ValueError(f"{label(i)} must have at least one row and one column, got {tuple(shape)}")
         if i == 0:
             continue
         if images != first.shape[0] or channels != first.shape[1]:
@@ -174,7 +176,7 @@ def check_levels(label: str, levels: Tensor, boxes: int, device: torch.device) -
         raise ValueError(f"{label} must have shape ({boxes},), one per box, got {tuple(levels.shape)}")
     if levels.device != device:
         raise ValueError(f"{label} must be on the device of the boxes, {device}, got {levels.device}")
-    return levels.to(torch.int64)
+    return in_dtype(levels, torch.int64)
 
 
 def check_map_levels(map_levels: Any) -> None:
@@ -290,8 +292,10 @@ def _items(argument: str, value: Any, rule: str) -> Sequence[Any]:
 
 
 def _integer(value: Any) -> int | None:
-    if isinstance(value, (int, torch.SymInt)):  # a union stops older compilers
-        return None if isinstance(value, bool) else value  # type: ignore[return-value]
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool):
+        return None
     if hasattr(value, "ndim"):
         return _integer(_values(value))
     return operator.index(value) if hasattr(type(value), "__index__") else None

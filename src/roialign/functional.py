@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from . import arguments, schema
-from . import ops as ops  # which the operators come with
+from . import arguments
+from . import ops as ops  # which others reach by this name
 from .levels import infer_scales, staircase
-from .rois import boxes_to_rois, working_dtype
+from .rois import boxes_to_rois, in_dtype, working_dtype
 from .schema import Pooling
 
 LevelMap = Callable[[list[Tensor]], Tensor]
@@ -106,11 +106,11 @@ def roi_align(
     features = arguments.check_features("input", [input])
     if isinstance(boxes, Tensor):
         arguments.check_boxes("boxes", boxes, 5, features[0])
-        rois = boxes.to(working_dtype(features))
+        rois = in_dtype(boxes, working_dtype(features))
     else:
         rois = _rois_of_lists(arguments.check_boxes_of_images(boxes, features), features)
     scales = [arguments.check_positive("spatial_scale", spatial_scale)]
-    return _pool(features, rois, None, output_size, scales, sampling_ratio, aligned, 224, 4)
+    return _pool(features, rois, None, output_size, scales, sampling_ratio, aligned, 224.0, 4.0)
 
 
 @torch.fx.wrap
@@ -169,7 +169,7 @@ def _pool(
     canonical_scale = arguments.check_positive("canonical_scale", canonical_scale)
     canonical_level = arguments.check_number("canonical_level", canonical_level)
     steps = staircase(scales, canonical_scale, canonical_level, rois.dtype)
-    return schema.pool(features, rois, levels, Pooling(size, scales, max(ratio, 0), aligned, *steps))
+    return ops.pool(features, rois, levels, Pooling(size, scales, max(ratio, 0), aligned, *steps))
 
 
 def _rois_of_lists(boxes: Sequence[Tensor], features: list[Tensor]) -> Tensor:

@@ -31,7 +31,7 @@ class _Pool(Function):
             return schema.pool(features, rois, levels, pooling)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None = None) -> None:
         ctx.pooling, rois, levels, *features = inputs
         _save(ctx, rois, levels)
         ctx.maps = Maps(
@@ -41,11 +41,11 @@ class _Pool(Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, scatter: Any = schema.scatter) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * (3 + len(ctx.maps.dtypes))
         rois, levels = ctx.saved_tensors
-        grads = schema.scatter(grad, rois, levels, ctx.maps, ctx.pooling)
+        grads = scatter(grad, rois, levels, ctx.maps, ctx.pooling)
         return None, None, None, *grads
 
     @staticmethod

@@ -27,7 +27,7 @@ def infer_scales(
     """
     if len(image_shapes) == 0:  # no images, no boxes: any scale is right
         return [1.0] * len(map_sizes)
-    height, width = (max(shape[axis] for shape in image_shapes) for axis in (0, 1))
+    height, width = (max([shape[axis] for shape in image_shapes]) for axis in (0, 1))
     return [0.5 ** max(_log2_ratio(height, h), _log2_ratio(width, w)) for h, w in map_sizes]
 
 
@@ -35,10 +35,10 @@ def _log2_ratio(image: int, cells: int) -> int:
     """round(log2(image / cells)) by comparing integers, so that tracing a SymInt leaves a guard."""
     image, cells = image * image, cells * cells
     k = 0
-    while image >= 2 * 4**k * cells:
-        k += 1
-    while 2 * 4**-k * image < cells:  # a map finer than the image
-        k -= 1
+    while image >= 2 * cells:
+        cells, k = 4 * cells, k + 1
+    while 2 * image < cells:  # a map finer than the image
+        image, k = 4 * image, k - 1
     return k
 
 

@@ -33,6 +33,9 @@ def forward(
         rois: `(K, 5)` image index, x1, y1, x2, y2, in the working precision; image coordinates.
         levels: `(K,)` int64, the index of each RoI's map; None for the staircase of `pooling`.
         pooling: scales, grid and bins.
+
+    Returns:
+        Whether some RoI could not be pooled; None by an engine that does not count them, such as this.
     """
     out.fill_(torch.nan)
     if levels is None:
