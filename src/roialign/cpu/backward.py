@@ -7,12 +7,14 @@ the sums depends on the RoIs alone.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .jit import kernel, part
-from .lanes import ADD, AHEAD, REPLACE, combine, from_block, to_block, zero_cells
+from .jit import part, task_kernel
+from .jobs import scratch_in, unpack
+from .lanes import ADD, AHEAD, REPLACE, Scratch, combine, from_block, to_block, zero_cells
 from .simd import LANES, fetch_add, get, put, size_of
 from .tables import (
     AT,
@@ -24,6 +26,7 @@ from .tables import (
     ROW_STEP,
     WIDTH,
     ZERO,
+    AxisAt,
 )
 
 # The columns of `tasks`: the map, its first RoI and last in the tables, the first channel, a strip of columns
@@ -67,11 +70,28 @@ def cut(
     return tasks
 
 
-@kernel
-def run(
-    counter, dst_tag, tag, grad_tag, maps, levels, grad, tasks, n_tasks, order, ys, xs, channels, scratch
-):
+class Job(NamedTuple):
+    """What `run` is told: numbers, and addresses of arrays."""
+
+    taken: Any  # tasks, so far
+    maps: Any  # (levels, MAP_COLUMNS)
+    levels: Any
+    grad: Any  # how it lies in memory
+    tasks: Any  # (n_tasks, TASK_COLUMNS)
+    n_tasks: Any
+    order: Any  # (n,) of the RoIs in the tables
+    ys: AxisAt
+    xs: AxisAt
+    channels: Any
+    scratch: Scratch  # offsets
+
+
+@task_kernel
+def run(job, memory, target, working, gradient):
     """Take tasks until none is left. A task is a strip of a map and 16 channels."""
+    _, maps, levels, grad, tasks, n_tasks, order, ys, xs, channels, offsets = unpack(Job, job)
+    dst_tag, tag, grad_tag, counter = target(0), working(0), gradient(0), job
+    scratch = scratch_in(offsets, memory)
     at = fetch_add(counter)
     while at < n_tasks:
         task = tasks + 8 * at * TASK_COLUMNS

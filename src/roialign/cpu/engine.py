@@ -24,7 +24,8 @@ from . import direct as direct_kernel
 from . import forward as forward_kernel
 from . import tables, threads
 from .jit import cache_folder as cache_folder
-from .lanes import Scratch
+from .jit import entry
+from .jobs import lay_scratch, pack
 from .memory import Arena, integers
 from .memory import empty as empty
 from .simd import LANES, TAGS
@@ -117,32 +118,30 @@ def _forward(
         out[torch.from_numpy(integers(survey.keys, len(rois)) == -1)] = torch.nan
     dtype, in_place = kind
     pooled = _describe(out)
-    tag, owned = _WORK[rois.dtype], (out, features, maps, survey, pooled)
+    tags = _TAG[dtype], _WORK[rois.dtype], _TAG[out.dtype]
     base, lo = arena.mark(), 0
     while lo < survey.done:
         t = _fill(survey, lo, survey.done, maps, _ROOM, arena)
-        job: tuple[Any, ...] = (_TAG[dtype], tag, _TAG[out.dtype], _at(maps.rows), len(features), _at(pooled))
+        job = _at(maps.rows), len(features), _at(pooled)
         rest = (survey.order + 8 * lo, t.homes, t.ys, t.xs, out.shape[1])
-        (_forward_in_place if in_place else _forward_packed)(job, rest, t, out, rois.dtype, arena, owned)
+        (_forward_in_place if in_place else _forward_packed)(tags, job, rest, t, out, arena)
         arena.rewind(base)
         lo += t.number
 
 
 def _forward_in_place(
-    job: tuple[Any, ...], rest: tuple[Any, ...], t: Tables, out: Tensor, dtype: torch.dtype,
-    arena: Arena, owned: object,
-) -> None:  # fmt: skip
+    tags: tuple[Any, ...], job: tuple[Any, ...], rest: tuple[Any, ...], t: Tables, out: Tensor, arena: Arena
+) -> None:
     most = max(int(direct_kernel.CELLS), t.x_taps)
     entries = direct_kernel.entries(most, out.shape[1], out.shape[3])
     tasks = math.ceil(t.number / direct_kernel.ROIS)
     line, work = max(most, out.shape[3] + 1), t.taps * out.shape[1]
-    _run(direct_kernel.run, (*job, t.number, *rest), line, entries, dtype, tasks, work, arena, owned)
+    _run(direct_kernel, tags, (*job, t.number, *rest), line, entries, tasks, work, arena)
 
 
 def _forward_packed(
-    job: tuple[Any, ...], rest: tuple[Any, ...], t: Tables, out: Tensor, dtype: torch.dtype,
-    arena: Arena, owned: object,
-) -> None:  # fmt: skip
+    tags: tuple[Any, ...], job: tuple[Any, ...], rest: tuple[Any, ...], t: Tables, out: Tensor, arena: Arena
+) -> None:
     blocks = math.ceil(out.shape[1] / LANES)
     most = max(64, t.number * blocks // (_TASKS_PER_THREAD * torch.get_num_threads()))
     groups = arena.take(8 * t.number * int(forward_kernel.GROUP_COLUMNS))
@@ -150,7 +149,7 @@ def _forward_packed(
     entries = forward_kernel.entries(cells, t.columns, out.shape[3])
     line, work = max(t.rows, t.columns, *out.shape[2:]) + 1, t.taps * out.shape[1]
     job = (*job, groups, number, *rest)
-    _run(forward_kernel.run, job, line, entries, dtype, number * blocks, work, arena, owned)
+    _run(forward_kernel, tags, job, line, entries, number * blocks, work, arena)
 
 
 def backward(
@@ -183,9 +182,9 @@ class _Backward:
         arena: Arena,
     ) -> None:
         self.maps, self.survey, self.grad, self.arena = maps, survey, grad, arena
-        pooled = _describe(grad)
-        self.job = (_TAG[dtype], _WORK[working], _TAG[grad.dtype], _at(maps.rows), len(grads), _at(pooled))
-        self.owned = (grads, grad, maps, survey, pooled)
+        self.pooled = _describe(grad)
+        self.tags = _TAG[dtype], _WORK[working], _TAG[grad.dtype]
+        self.job = _at(maps.rows), len(grads), _at(self.pooled)
         self.working = working
         homes = len(maps.first) - 1
         self.bounds: list[int] = integers(survey.bounds, homes + 1).tolist()
@@ -248,33 +247,35 @@ class _Backward:
         job = (*self.job, tasks.ctypes.data, len(tasks), self.survey.order + 8 * lo, ys, xs, channels)
         cells = sum(h * w for h, w in zip(self.maps.heights, self.maps.widths, strict=True))
         work, line = (t.taps + cells * self.maps.images) * channels, max(t.rows, t.columns, height, width) + 1
-        owned = (*self.owned, tasks)
-        _run(backward_kernel.run, job, line, entries, self.working, len(tasks), work, self.arena, owned)
+        _run(backward_kernel, self.tags, job, line, entries, len(tasks), work, self.arena)
 
 
 def _run(
     kernel: Any,
+    tags: tuple[Any, ...],
     job: tuple[Any, ...],
     line: int,
     entries: Sequence[int],
-    dtype: torch.dtype,
     tasks: int,
     work: int,
     arena: Arena,
-    owned: object,
 ) -> None:
-    """Run a kernel on the threads, each with scratch of its own: four lines of offsets, then entries.
+    """Run a task kernel on the threads, each with scratch of its own.
 
-    `job` names memory by address; `owned` is what that memory belongs to.
+    Args:
+        kernel: the module of `Job` and `run`.
+        tags: numbers of the three types that it is compiled for; the second is the working precision's.
+        job: the fields of `Job` between the first and the last. It names memory by address, which the caller
+            owns until this returns.
+        line: see `jobs.lay_scratch`, as for `entries`.
+        entries: of scratch.
+        tasks: how many there are.
+        work: about how many numbers are read.
+        arena: for the scratch.
     """
-    line = -(-8 * line // 64) * 64
-    sizes = (line, line, line, line, *(n * LANES * dtype.itemsize for n in entries))
-    starts = tuple(itertools.accumulate(sizes, initial=0))
-
-    def take_tasks(counter: int, memory: int) -> None:
-        kernel(counter, *job, Scratch(*(memory + start for start in starts[:-1])))
-
-    threads.run(take_tasks, tasks, starts[-1], work, arena, owned)
+    scratch, share = lay_scratch(line, entries, tags[1].itemsize)
+    row = pack(kernel.Job(0, *job, scratch))
+    threads.run(entry(kernel.run, *tags), _at(row), tasks, share, work, arena)
 
 
 def _survey(

@@ -1,11 +1,15 @@
 """Forward from maps of any strides: blocks of 16 channels are packed into scratch and pooled there."""
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
-from .jit import kernel, part
+from .jit import kernel, part, task_kernel
+from .jobs import scratch_in, unpack
 from .lanes import (
     AHEAD,
     REPLACE,
+    Scratch,
     combine,
     from_block,
     to_block,
@@ -22,6 +26,7 @@ from .tables import (
     ROW_STEP,
     WIDTH,
     ZERO,
+    AxisAt,
 )
 
 # The columns of `groups`: its RoIs, the columns of the map they need, and rows kept (0: each RoI packs
@@ -89,12 +94,29 @@ def _columns_at_once(rows):
     return max(TILE, PACK_CELLS // max(rows, ONE))
 
 
-@kernel
-def run(
-    counter, src_tag, tag, out_tag, maps, levels, out, groups, n_groups, order, homes, ys, xs, channels,
-    scratch,
-):  # fmt: skip
+class Job(NamedTuple):
+    """What `run` is told: numbers, and addresses of arrays."""
+
+    taken: Any  # tasks, so far
+    maps: Any  # (levels, MAP_COLUMNS)
+    levels: Any
+    out: Any  # how it lies in memory
+    groups: Any  # (n_groups, GROUP_COLUMNS)
+    n_groups: Any
+    order: Any  # (n,) of the RoIs in the tables
+    homes: Any  # (n,)
+    ys: AxisAt
+    xs: AxisAt
+    channels: Any
+    scratch: Scratch  # offsets
+
+
+@task_kernel
+def run(job, memory, source, working, result):
     """Take tasks until none is left. A task is a group of RoIs and 16 channels."""
+    _, maps, levels, out, groups, n_groups, order, homes, ys, xs, channels, offsets = unpack(Job, job)
+    src_tag, tag, out_tag, counter = source(0), working(0), result(0), job
+    scratch = scratch_in(offsets, memory)
     tasks = n_groups * ((channels + LANES - 1) // LANES)
     task = fetch_add(counter)
     while task < tasks:

@@ -1,5 +1,6 @@
-"""How kernels are compiled: without the GIL, and kept on disk where that is possible."""
+"""How kernels are compiled, kept on disk where that is possible, and called by address."""
 
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -9,10 +10,10 @@ import pkgutil
 import sys
 from collections.abc import Callable
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
-from numba import config, njit
+from numba import config, njit, types
 
 from ..apart import do_apart
 
@@ -80,17 +81,38 @@ def part(function: Callable[..., Any]) -> Any:
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function when it is first called, for the types it is called with.
+    """Compile a function when it is first called, for the types it is called with. It keeps the GIL.
+
+    To give the GIL up costs more than a short kernel takes, where another thread wants it: some 5 ms, until
+    it is back.
 
     Compiled kernels are kept beside the source, or, where that cannot be written, in the user's cache
     folder (`NUMBA_CACHE_DIR` overrides both). Where neither can, or the disk is full, or this Numba keeps
     them in a way of its own, each process compiles anew what is not there already, and the log says so once.
     """
+    return _kernel(function, no_cfunc_wrapper=True)
+
+
+def kernel_without_gil(function: Callable[..., Any]) -> Any:
+    """Compile a function likewise that gives up the GIL while it runs."""
+    return _kernel(function, no_cfunc_wrapper=True, nogil=True)
+
+
+def task_kernel(function: Callable[..., Any]) -> Any:
+    """Compile a function likewise that threads call by its `entry`, without the GIL.
+
+    It is given the address of its job, the address of the thread's memory, and three types of numbers, and
+    returns nothing.
+    """
+    return _kernel(function, nogil=True)
+
+
+def _kernel(function: Callable[..., Any], **options: bool) -> Any:
     try:
-        compiled = _kept(function)
+        compiled = _kept(function, options)
     except Exception as error:  # whatever it is, it is no reason to be without the engine
         _say(error)
-        compiled = njit(nogil=True, no_cfunc_wrapper=True)(function)
+        compiled = njit(**options)(function)
     # What Numba calls when types are new. A call inside a call must not meet its compiler half way.
     compile_for_args = getattr(compiled, "_compile_for_args", None)  # not documented
     if compile_for_args is not None:
@@ -98,21 +120,58 @@ def kernel(function: Callable[..., Any]) -> Any:
     return compiled
 
 
-def _kept(function: Callable[..., Any]) -> Any:
+def _kept(function: Callable[..., Any], options: dict[str, bool]) -> Any:
     global _folder
     from . import kept  # a Numba without what this uses must fail here
 
     if _STAMP is None:
         raise RuntimeError("what they are made of cannot be read")
     try:
-        compiled = njit(nogil=True, cache=True, no_cfunc_wrapper=True)(function)
+        compiled = njit(cache=True, **options)(function)
         _folder = kept.check_files(compiled, _STAMP, _say)
     except RuntimeError as error:  # "no locator available"
         _say(error)
         with kept.content_to_read():
-            compiled = njit(nogil=True, cache=True, no_cfunc_wrapper=True)(function)
+            compiled = njit(cache=True, **options)(function)
         kept.check_files(compiled, _STAMP, _say)
     return compiled
+
+
+class Entry(NamedTuple):
+    """A compiled task kernel."""
+
+    address: int
+    call: Callable[..., None]  # keeps the GIL
+    owner: object
+
+
+_entries: dict[tuple[Any, ...], Entry] = {}
+
+
+def entry(task: Any, *tags: Any) -> Entry:
+    """A task kernel for numbers of such types, compiled if it is not yet."""
+    key = (task, *map(type, tags))
+    found = _entries.get(key)
+    if found is None:
+        found = _entries[key] = do_apart(_find_entry, *key)
+    return found
+
+
+# Types are arguments too, which nobody looks at: in C they are pointers.
+_CALL = ctypes.PYFUNCTYPE(None, ctypes.c_ssize_t, ctypes.c_ssize_t, *[ctypes.c_void_p] * 3)
+
+
+def _find_entry(task: Any, *kinds: Any) -> Entry:
+    signature = types.void(types.intp, types.intp, *map(numba.typeof, kinds))
+    owner: Any
+    try:
+        owner = task.get_compile_result(signature)  # not documented, nor what is made of it
+        address = owner.library.get_pointer_to_function(owner.fndesc.llvm_cfunc_wrapper_name)
+    except Exception as error:
+        _say(error)
+        owner = numba.cfunc(signature)(task.py_func)
+        address = owner.address
+    return Entry(address, _CALL(address), owner)
 
 
 def cache_folder() -> str | None:
