@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .jit import part, task_kernel
+from .jit import c_kernel, part
 from .jobs import scratch_in, unpack
 from .lanes import ADD, AHEAD, REPLACE, Scratch, combine, from_block, to_block, zero_cells
 from .simd import LANES, fetch_add, get, put, size_of
@@ -86,7 +86,7 @@ class Job(NamedTuple):
     scratch: Scratch  # offsets
 
 
-@task_kernel
+@c_kernel
 def run(job, memory, target, working, gradient):
     """Take tasks until none is left. A task is a strip of a map and 16 channels."""
     _, maps, levels, grad, tasks, n_tasks, order, ys, xs, channels, offsets = unpack(Job, job)

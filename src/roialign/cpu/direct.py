@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .jit import part, task_kernel
+from .jit import c_kernel, part
 from .jobs import scratch_in, unpack
 from .lanes import Scratch
 from .simd import (
@@ -49,7 +49,7 @@ class Job(NamedTuple):
     scratch: Scratch  # offsets
 
 
-@task_kernel
+@c_kernel
 def run(job, memory, source, working, result):
     """Take tasks until none is left. A task is a few RoIs with all their channels."""
     _, maps, levels, out, rois, order, homes, ys, xs, channels, offsets = unpack(Job, job)

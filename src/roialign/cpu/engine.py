@@ -24,7 +24,6 @@ from . import direct as direct_kernel
 from . import forward as forward_kernel
 from . import tables, threads
 from .jit import cache_folder as cache_folder
-from .jit import entry
 from .jobs import lay_scratch, pack
 from .memory import Arena, integers
 from .memory import empty as empty
@@ -275,7 +274,7 @@ def _run(
     """
     scratch, share = lay_scratch(line, entries, tags[1].itemsize)
     row = pack(kernel.Job(0, *job, scratch))
-    threads.run(entry(kernel.run, *tags), _at(row), tasks, share, work, arena)
+    threads.run(kernel.run, tags, _at(row), tasks, share, work, arena)
 
 
 def _survey(

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .jit import kernel, part, task_kernel
+from .jit import c_kernel, kernel, part
 from .jobs import scratch_in, unpack
 from .lanes import (
     AHEAD,
@@ -111,7 +111,7 @@ class Job(NamedTuple):
     scratch: Scratch  # offsets
 
 
-@task_kernel
+@c_kernel
 def run(job, memory, source, working, result):
     """Take tasks until none is left. A task is a group of RoIs and 16 channels."""
     _, maps, levels, out, groups, n_groups, order, homes, ys, xs, channels, offsets = unpack(Job, job)

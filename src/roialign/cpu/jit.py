@@ -1,6 +1,5 @@
 """How kernels are compiled, kept on disk where that is possible, and called by address."""
 
-import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -10,7 +9,7 @@ import pkgutil
 import sys
 from collections.abc import Callable
 from types import CodeType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 from numba import config, njit, types
@@ -77,37 +76,33 @@ def part(function: Callable[..., Any]) -> Any:
 
     A third of the time to compile went into those two.
     """
-    return njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    return njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function when it is first called, for the types it is called with. It keeps the GIL.
 
     To give the GIL up costs more than a short kernel takes, where another thread wants it: some 5 ms, until
-    it is back.
+    it is back. Kernels never raise, as only those by zero might: a division there gives what NumPy's does.
 
     Compiled kernels are kept beside the source, or, where that cannot be written, in the user's cache
     folder (`NUMBA_CACHE_DIR` overrides both). Where neither can, or the disk is full, or this Numba keeps
     them in a way of its own, each process compiles anew what is not there already, and the log says so once.
     """
-    return _kernel(function, no_cfunc_wrapper=True)
+    return _kernel(function, error_model="numpy", no_cfunc_wrapper=True)
 
 
 def kernel_without_gil(function: Callable[..., Any]) -> Any:
     """Compile a function likewise that gives up the GIL while it runs."""
-    return _kernel(function, no_cfunc_wrapper=True, nogil=True)
+    return _kernel(function, error_model="numpy", no_cfunc_wrapper=True, nogil=True)
 
 
-def task_kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function likewise that threads call by its `entry`, without the GIL.
-
-    It is given the address of its job, the address of the thread's memory, and three types of numbers, and
-    returns nothing.
-    """
-    return _kernel(function, nogil=True)
+def c_kernel(function: Callable[..., Any]) -> Any:
+    """Compile a function likewise that is called by its `address`, with the GIL or without."""
+    return _kernel(function, error_model="numpy")
 
 
-def _kernel(function: Callable[..., Any], **options: bool) -> Any:
+def _kernel(function: Callable[..., Any], **options: Any) -> Any:
     try:
         compiled = _kept(function, options)
     except Exception as error:  # whatever it is, it is no reason to be without the engine
@@ -120,7 +115,7 @@ def _kernel(function: Callable[..., Any], **options: bool) -> Any:
     return compiled
 
 
-def _kept(function: Callable[..., Any], options: dict[str, bool]) -> Any:
+def _kept(function: Callable[..., Any], options: dict[str, Any]) -> Any:
     global _folder
     from . import kept  # a Numba without what this uses must fail here
 
@@ -137,41 +132,31 @@ def _kept(function: Callable[..., Any], options: dict[str, bool]) -> Any:
     return compiled
 
 
-class Entry(NamedTuple):
-    """A compiled task kernel."""
-
-    address: int
-    call: Callable[..., None]  # keeps the GIL
-    owner: object
+_addresses: dict[tuple[Any, ...], tuple[int, object]] = {}
 
 
-_entries: dict[tuple[Any, ...], Entry] = {}
+def address(compiled: Any, *kinds: Any) -> int:
+    """Of the C function of a `c_kernel` that takes numbers, or types, of such types; compiled if it is not yet.
 
-
-def entry(task: Any, *tags: Any) -> Entry:
-    """A task kernel for numbers of such types, compiled if it is not yet."""
-    key = (task, *map(type, tags))
-    found = _entries.get(key)
+    It returns nothing. Types, which have nothing to say when it runs, are pointers there.
+    """
+    key = (compiled, *kinds)
+    found = _addresses.get(key)
     if found is None:
-        found = _entries[key] = do_apart(_find_entry, *key)
-    return found
+        found = _addresses[key] = do_apart(_find_address, compiled, types.void(*kinds))
+    return found[0]
 
 
-# Types are arguments too, which nobody looks at: in C they are pointers.
-_CALL = ctypes.PYFUNCTYPE(None, ctypes.c_ssize_t, ctypes.c_ssize_t, *[ctypes.c_void_p] * 3)
-
-
-def _find_entry(task: Any, *kinds: Any) -> Entry:
-    signature = types.void(types.intp, types.intp, *map(numba.typeof, kinds))
-    owner: Any
+def _find_address(compiled: Any, signature: Any) -> tuple[int, object]:
+    """The address, and who keeps what is there."""
     try:
-        owner = task.get_compile_result(signature)  # not documented, nor what is made of it
-        address = owner.library.get_pointer_to_function(owner.fndesc.llvm_cfunc_wrapper_name)
+        result = compiled.get_compile_result(signature)  # not documented, nor what is made of it
+        at: int = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
+        return at, result
     except Exception as error:
         _say(error)
-        owner = numba.cfunc(signature)(task.py_func)
-        address = owner.address
-    return Entry(address, _CALL(address), owner)
+        made = numba.cfunc(signature, error_model="numpy")(compiled.py_func)
+        return made.address, made
 
 
 def cache_folder() -> str | None:

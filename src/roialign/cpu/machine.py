@@ -72,7 +72,7 @@ add, keep_bits, set_bits = (_change(operation) for operation in ("add", "and", "
 
 @intrinsic
 def call(typing: Any, function: Any, job: Any, memory: Any) -> Any:
-    """Call a task kernel; see `jit.address`."""
+    """Call a task kernel; see `threads.run`."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         kind = ir.FunctionType(_POINTER, [_WORD, _WORD, *[_POINTER] * 3])  # the types take no space

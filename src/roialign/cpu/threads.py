@@ -16,16 +16,20 @@ are no helpers, and callers do it all.
 """
 
 import ctypes
+import functools
 import logging
 import os
 import threading
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import numba
 import numpy as np
 import torch
 from numba import types
 
 from ..apart import do_apart
-from .jit import Entry, kernel_without_gil, part
+from .jit import address, c_kernel, kernel_without_gil, part
 from .machine import (
     SEMAPHORE_BYTES,
     add,
@@ -48,6 +52,7 @@ from .simd import get, put
 from .tables import ONE, ZERO
 
 _WORTH_A_THREAD = 500_000
+_WORTH_THE_GIL = 1_000_000
 _MOST = max(32, os.cpu_count() or 1)
 _SLOTS = np.int64(64)  # jobs at a time; another one's caller works alone
 _SPINS = np.int64(1000)  # a helper that is at its last task is waited for awake: some ten microseconds
@@ -102,7 +107,7 @@ def _leave(pool, slot):
         post(get(pool, _POST), get(slot, _DONE))
 
 
-@kernel_without_gil
+@c_kernel
 def _share(pool, kernel, job, memory, share, helpers):
     """Run a kernel, with at most so many helpers, and return when all are done."""
     slot = _take_slot(pool) if helpers else ZERO
@@ -198,11 +203,28 @@ if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
     os.register_at_fork(after_in_child=_forget_pool)
 
 
-def run(kernel: Entry, job: int, tasks: int, share: int, work: int, arena: Arena) -> None:
+# The same function, keeping the GIL and giving it up.
+_keep_gil, _give_up_gil = (make(None, *[ctypes.c_ssize_t] * 6) for make in (ctypes.PYFUNCTYPE, ctypes.CFUNCTYPE))
+
+
+@functools.cache
+def _ways() -> tuple[Callable[..., None], Callable[..., None]]:
+    at = address(_share, *[types.intp] * 6)
+    return _keep_gil(at), _give_up_gil(at)
+
+
+@functools.cache
+def _task_address(kernel: Any, *kinds: type) -> int:
+    return address(kernel, types.intp, types.intp, *map(numba.typeof, kinds))
+
+
+def run(kernel: Any, tags: Iterable[Any], job: int, tasks: int, share: int, work: int, arena: Arena) -> None:
     """Run a task kernel on as many threads as the work deserves.
 
     Args:
-        kernel: takes tasks by adding one to the first word of the job, until there is none.
+        kernel: a `jit.c_kernel` that is given the address of its job, that of the thread's memory, and three
+            types. It takes tasks by adding one to the first word of the job, until there is none.
+        tags: numbers of the three types.
         job: the address of what it is told.
         tasks: how many there are.
         share: bytes of scratch that each thread has of its own.
@@ -210,11 +232,11 @@ def run(kernel: Entry, job: int, tasks: int, share: int, work: int, arena: Arena
             giving up.
         arena: where the shares are laid.
     """
-    if work < _WORTH_A_THREAD:
-        kernel.call(job, arena.take(share), None, None, None)
-        return
     wanted = min(torch.get_num_threads(), tasks, 1 + work // _WORTH_A_THREAD) - 1
     pool = _pool  # after a fork from here on, one without helpers
     helpers = pool.wake(wanted) if wanted > 0 else 0
     share = -(-share // 64) * 64
-    _share(pool.at, kernel.address, job, arena.take((1 + helpers) * share), share, helpers)
+    memory = arena.take((1 + helpers) * share)
+    keeping_gil, giving_up_gil = _ways()
+    start = keeping_gil if work < _WORTH_THE_GIL * (1 + helpers) else giving_up_gil
+    start(pool.at, _task_address(kernel, *map(type, tags)), job, memory, share, helpers)
