@@ -200,7 +200,9 @@ class _Backward:
             t = _fill(self.survey, lo, self.survey.done, self.maps, _ROOM_TURNED, self.arena)
             stop = bisect.bisect_right(self.bounds, lo + t.number) - 1
             if stop > home:
-                self.run_tasks(self.cut(home, stop), lo, t)
+                tasks = self.cut(home, stop)
+                if len(tasks):
+                    self.run_tasks(tasks, self.entries(tasks), lo, t)
             self.arena.rewind(base)
             if stop == home:
                 self.run_by_parts(home)
@@ -210,6 +212,7 @@ class _Backward:
     def run_by_parts(self, home: int) -> None:
         """Take one map with RoIs for several tables; its rings are kept from one to the next."""
         tasks, base = self.cut(home, home + 1), self.arena.mark()
+        entries = self.entries(tasks)
         size = int(tasks[0, backward_kernel.RING] * tasks[0, backward_kernel.SPAN])
         size *= LANES * self.working.itemsize
         at_once = max(1, _KEPT // size)
@@ -219,9 +222,9 @@ class _Backward:
             rings, lo, stop = self.arena.mark(), self.bounds[home], self.bounds[home + 1]
             while lo < stop:
                 t = _fill(self.survey, lo, stop, self.maps, _ROOM_TURNED, self.arena)
-                some[:, backward_kernel.START], some[:, backward_kernel.STOP] = lo, lo + t.number
+                some[:, backward_kernel.START], some[:, backward_kernel.STOP] = 0, t.number
                 some[:, backward_kernel.ENDS] = lo + t.number == stop
-                self.run_tasks(some, lo, t)
+                self.run_tasks(some, entries, lo, t)
                 self.arena.rewind(rings)
                 lo += t.number
             self.arena.rewind(base)
@@ -230,19 +233,18 @@ class _Backward:
         """Tasks for some maps."""
         mine, widths = self.maps.mine, self.maps.widths
         homes = [h for h in range(home, stop) if mine[h % len(mine)]]
-        height, channels = self.grad.shape[2], self.grad.shape[1]
-        return backward_kernel.cut(widths, self.bounds, self.spans, homes, height, channels, self.most)
+        height, channels, lo = self.grad.shape[2], self.grad.shape[1], self.bounds[home]
+        return backward_kernel.cut(widths, self.bounds, self.spans, homes, lo, height, channels, self.most)
 
-    def run_tasks(self, tasks: Array, lo: int, t: Tables) -> None:
+    def entries(self, tasks: Array) -> tuple[int, int, int]:
+        """Of scratch, that all of these or any take."""
+        return backward_kernel.entries(tasks, *self.grad.shape[1:])
+
+    def run_tasks(self, tasks: Array, entries: tuple[int, int, int], lo: int, t: Tables) -> None:
         """Run tasks whose RoIs have tables from RoI `lo` on."""
-        if len(tasks) == 0:
-            return
-        tasks[:, [backward_kernel.START, backward_kernel.STOP]] -= lo
         channels, height, width = self.grad.shape[1:]
         ys = _turn(t.ys, t, height, self.working, self.arena)
         xs = _turn(t.xs, t, width, self.working, self.arena)
-        rings, spans = tasks[:, backward_kernel.RING], tasks[:, backward_kernel.SPAN]
-        entries = int((rings * spans).max()), int(spans.max()) * height, height * width
         job = (*self.job, tasks.ctypes.data, len(tasks), self.survey.order + 8 * lo, ys, xs, channels)
         cells = sum(h * w for h, w in zip(self.maps.heights, self.maps.widths, strict=True))
         work, line = (t.taps + cells * self.maps.images) * channels, max(t.rows, t.columns, height, width) + 1
