@@ -136,9 +136,9 @@ _addresses: dict[tuple[Any, ...], tuple[int, object]] = {}
 
 
 def address(compiled: Any, *kinds: Any) -> int:
-    """Of the C function of a `c_kernel` that takes numbers, or types, of such types; compiled if it is not yet.
+    """Of the C function of a `c_kernel` for such types, Numba's; compiled if it is not yet.
 
-    It returns nothing. Types, which have nothing to say when it runs, are pointers there.
+    It returns nothing. Arguments that are types themselves are pointers there, which nobody reads.
     """
     key = (compiled, *kinds)
     found = _addresses.get(key)
@@ -153,7 +153,7 @@ def _find_address(compiled: Any, signature: Any) -> tuple[int, object]:
         result = compiled.get_compile_result(signature)  # not documented, nor what is made of it
         at: int = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
         return at, result
-    except Exception as error:
+    except AttributeError as error:
         _say(error)
         made = numba.cfunc(signature, error_model="numpy")(compiled.py_func)
         return made.address, made

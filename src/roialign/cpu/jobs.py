@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from .jit import part
 from .lanes import Scratch
-from .simd import LANES, get
+from .simd import LANES
 
 
 def pack(job: tuple[Any, ...]) -> "array[int]":

@@ -87,7 +87,7 @@ def call(typing: Any, function: Any, job: Any, memory: Any) -> Any:
 
 
 class _System(NamedTuple):
-    """Functions of the system: name, type of what they return, and what they are given after the semaphore."""
+    """Functions of the system: name, what they return, and what they are given after the semaphore."""
 
     wait: tuple[str, ir.Type, tuple[ir.Constant, ...]]
     post: tuple[str, ir.Type, tuple[ir.Constant, ...]]
@@ -130,7 +130,7 @@ wait, post = _system_call(_SYSTEM.wait), _system_call(_SYSTEM.post)
 
 
 def _library() -> Any:
-    return ctypes.WinDLL("kernel32") if sys.platform == "win32" else ctypes.CDLL(None)
+    return ctypes.CDLL("kernel32" if sys.platform == "win32" else None)
 
 
 def system_calls() -> tuple[int, int]:
