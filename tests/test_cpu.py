@@ -5,7 +5,6 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -117,62 +116,6 @@ def test_tables_for_some_of_the_boxes_at_a_time_change_no_bit(monkeypatch, dtype
             monkeypatch.setattr(engine, name, value)
         for again, once in zip(call(), whole, strict=True):
             torch.testing.assert_close(again, once, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("channels", [8, 64])
-def test_the_number_of_threads_is_heeded_and_changes_nothing(channels, threads, monkeypatch):
-    from roialign.cpu import threads as pool
-
-    used = []
-    helped = threading.Event()
-    caller = threading.get_ident()
-    run = pool.run
-    monkeypatch.setattr(pool, "_WORTH_A_THREAD", 1)
-
-    def spy(kernel, tasks, share, work, arena, owned):
-        def noting(counter, memory):
-            used.append(threading.get_ident())
-            if used[-1] != caller:
-                helped.set()
-            elif torch.get_num_threads() > 1:  # on a busy machine helpers are late
-                assert helped.wait(10)
-            kernel(counter, memory)
-
-        helped.clear()
-        run(noting, tasks, share, work, arena, owned)
-
-    monkeypatch.setattr(pool, "run", spy)
-    feature, boxes = torch.rand(2, channels, 64, 64), random_boxes([200, 200], image_size=(256, 256))
-    results = []
-    for n in (1, 2, 3, 5):
-        torch.set_num_threads(n)
-        used.clear()
-        results.append(grads_of(feature, boxes, 7, 0.25, 2))
-        assert len(used) <= 2 * n  # forward and backward
-        assert (len(set(used)) == 1) == (n == 1)
-    for pooled, grad in results[1:]:
-        assert torch.equal(pooled, results[0][0])
-        assert torch.equal(grad, results[0][1])
-
-
-def test_a_kernel_that_fails_in_a_helper_is_heard_of(monkeypatch, request):
-    from roialign.cpu import threads as pool
-
-    request.getfixturevalue("threads")
-    torch.set_num_threads(2)
-    monkeypatch.setattr(pool, "_WORTH_A_THREAD", 1)
-    caller = threading.get_ident()
-    started = threading.Event()
-
-    def kernel(counter, memory):
-        if threading.get_ident() == caller:
-            assert started.wait(10)
-        else:
-            started.set()
-            raise RuntimeError("in a helper")
-
-    with pytest.raises(RuntimeError, match="in a helper"):
-        pool.run(kernel, tasks=2, share=64, work=100, arena=memory.Arena())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")

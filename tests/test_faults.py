@@ -28,7 +28,7 @@ def warm(tmp_path_factory):
     """A folder of compiled kernels: those of `forward`."""
     folder = tmp_path_factory.mktemp("warm")
     run("assert_right()", NUMBA_CACHE_DIR=str(folder))
-    assert len(list(folder.rglob("*.nbc"))) == 5
+    assert len(list(folder.rglob("*.nbc"))) == 7
     return folder
 
 
@@ -42,8 +42,8 @@ def compiled(*, anew: int) -> str:
     """A program that pools and asserts how many kernels were compiled anew."""
     return f"""
 assert_right()
-from roialign.cpu import forward, tables
-kernels = [tables.survey, tables.sort, tables.fill, forward.group, forward.run]
+from roialign.cpu import forward, slots, tables
+kernels = [tables.survey, tables.sort, tables.fill, forward.group, forward.run, slots.share_out]
 misses = sum(sum(kernel.stats.cache_misses.values()) for kernel in kernels)
 assert misses == {anew}, misses
 """

@@ -180,3 +180,16 @@ def test_the_engine_serves_without_all_that_is_not_documented():
     assert "roialign.cpu.engine" in printed
     assert "slow reference" not in printed
     assert printed.count(KEPT_NOWHERE) == 1
+
+
+def test_kernels_are_called_where_their_address_is_not_told():
+    """Then documented ways compile them, in each process."""
+    program = """
+import numba
+del numba.core.dispatcher.Dispatcher.get_compile_result
+from roialign.cpu import threads
+threads._WORTH_A_THREAD = 1
+torch.set_num_threads(2)
+assert_right()
+"""
+    assert run(program).count(f"{KEPT_NOWHERE}: Numba 0.") == 1

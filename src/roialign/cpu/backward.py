@@ -7,12 +7,14 @@ the sums depends on the RoIs alone.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .jit import kernel, part
-from .lanes import ADD, AHEAD, REPLACE, combine, from_block, to_block, zero_cells
+from .jit import c_kernel, part
+from .jobs import scratch_in, unpack
+from .lanes import ADD, AHEAD, REPLACE, Scratch, combine, from_block, to_block, zero_cells
 from .simd import LANES, fetch_add, get, put, size_of
 from .tables import (
     AT,
@@ -24,6 +26,7 @@ from .tables import (
     ROW_STEP,
     WIDTH,
     ZERO,
+    AxisAt,
 )
 
 # The columns of `tasks`: the map, its first RoI and last in the tables, the first channel, a strip of columns
@@ -37,16 +40,17 @@ RING_CELLS = 2**15  # most cells of a ring, or row sums: 2 MB of float32
 
 
 def cut(
-    widths: Sequence[int], bounds: Sequence[int], rings: Sequence[int], homes: Sequence[int],
+    widths: Sequence[int], bounds: Sequence[int], rings: Sequence[int], homes: Sequence[int], lo: int,
     pooled_height: int, channels: int, most: int,
 ) -> NDArray[np.int64]:  # fmt: skip
     """Cut maps into strips of at most `most` columns.
 
     Args:
         widths: of the maps of one image, in columns.
-        bounds: the first RoI of each map, and of the one after the last.
+        bounds: the first RoI of each map, and of the one after the last, among all.
         rings: of each map, the rows that its tallest RoI spans.
         homes: which maps.
+        lo: the first RoI in the tables.
         pooled_height: rows of bins.
         channels: of each map.
         most: columns.
@@ -59,19 +63,44 @@ def cut(
         width, ring = widths[home % len(widths)], rings[home]
         span = min(width, most, max(1, RING_CELLS // max(ring, pooled_height)))
         for x in range(0, width, span):
-            strip = (home, bounds[home], bounds[home + 1], 0, x, min(span, width - x), ring, 0, -1, 0, 1)
-            strips.append(strip)
+            rois = bounds[home] - lo, bounds[home + 1] - lo
+            strips.append((home, *rois, 0, x, min(span, width - x), ring, 0, -1, 0, 1))
     blocks = -(-channels // LANES)
     tasks = np.tile(np.array(strips, np.int64).reshape(-1, TASK_COLUMNS), (blocks, 1))
-    tasks[:, CHANNEL] = np.repeat(np.arange(blocks) * LANES, len(strips))
+    for block in range(blocks):  # a few at a time, for which NumPy keeps the GIL
+        tasks[block * len(strips) : (block + 1) * len(strips), CHANNEL] = block * LANES
     return tasks
 
 
-@kernel
-def run(
-    counter, dst_tag, tag, grad_tag, maps, levels, grad, tasks, n_tasks, order, ys, xs, channels, scratch
-):
+class Job(NamedTuple):
+    """What `run` is told: numbers, and addresses of arrays."""
+
+    taken: Any  # tasks, so far
+    maps: Any  # (levels, MAP_COLUMNS)
+    levels: Any
+    grad: Any  # how it lies in memory
+    tasks: Any  # (n_tasks, TASK_COLUMNS)
+    n_tasks: Any
+    order: Any  # (n,) of the RoIs in the tables
+    ys: AxisAt
+    xs: AxisAt
+    channels: Any
+    scratch: Scratch  # offsets
+
+
+def entries(tasks: NDArray[np.int64], channels: int, bins_y: int, bins_x: int) -> tuple[int, int, int]:
+    """Entries of 16 numbers that a thread needs for the ring, row sums, and bins, in tasks of `cut`."""
+    strips = tasks[: len(tasks) // -(-channels // LANES)]  # the same for each block
+    rings, spans = strips[:, RING], strips[:, SPAN]
+    return int((rings * spans).max()), int(spans.max()) * bins_y, bins_y * bins_x
+
+
+@c_kernel
+def run(job, memory, target, working, gradient):
     """Take tasks until none is left. A task is a strip of a map and 16 channels."""
+    _, maps, levels, grad, tasks, n_tasks, order, ys, xs, channels, offsets = unpack(Job, job)
+    dst_tag, tag, grad_tag, counter = target(0), working(0), gradient(0), job
+    scratch = scratch_in(offsets, memory)
     at = fetch_add(counter)
     while at < n_tasks:
         task = tasks + 8 * at * TASK_COLUMNS

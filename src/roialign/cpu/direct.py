@@ -5,10 +5,13 @@ two halves would, and needs no memory between them.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .jit import kernel, part
+from .jit import c_kernel, part
+from .jobs import scratch_in, unpack
+from .lanes import Scratch
 from .simd import (
     LANES,
     fetch_add,
@@ -23,18 +26,35 @@ from .simd import (
     store_one,
     zeros,
 )
-from .tables import AT, COLUMN_STEP, HEIGHT, IMAGE_STEP, MAP_COLUMNS, ONE, ROW_STEP, WIDTH, ZERO
+from .tables import AT, COLUMN_STEP, HEIGHT, IMAGE_STEP, MAP_COLUMNS, ONE, ROW_STEP, WIDTH, ZERO, AxisAt
 
 ROIS = np.int64(8)  # in a task
 CELLS = np.int64(2**10)  # of a row of bins that are listed at once; a sum of many such sums is more exact
 WIDE = np.int64(4 * LANES)
 
 
-@kernel
-def run(
-    counter, src_tag, tag, out_tag, maps, levels, out, rois, order, homes, ys, xs, channels, scratch
-):  # fmt: skip
+class Job(NamedTuple):
+    """What `run` is told: numbers, and addresses of arrays."""
+
+    taken: Any  # tasks, so far
+    maps: Any  # (levels, MAP_COLUMNS)
+    levels: Any
+    out: Any  # how it lies in memory
+    rois: Any  # how many
+    order: Any  # (rois,)
+    homes: Any  # (rois,)
+    ys: AxisAt
+    xs: AxisAt
+    channels: Any
+    scratch: Scratch  # offsets
+
+
+@c_kernel
+def run(job, memory, source, working, result):
     """Take tasks until none is left. A task is a few RoIs with all their channels."""
+    _, maps, levels, out, rois, order, homes, ys, xs, channels, offsets = unpack(Job, job)
+    src_tag, tag, out_tag, counter = source(0), working(0), result(0), job
+    scratch = scratch_in(offsets, memory)
     tasks = (rois + ROIS - 1) // ROIS
     task = fetch_add(counter)
     while task < tasks:

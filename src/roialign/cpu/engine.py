@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from . import direct as direct_kernel
 from . import forward as forward_kernel
 from . import planes, tables, threads
 from .jit import cache_folder as cache_folder
+from .jobs import lay, pack
 from .lanes import Scratch
 from .memory import Arena, integers
 from .memory import empty as empty
@@ -122,24 +123,18 @@ def _forward_planes(
     dtype: torch.dtype,
     arena: Arena,
 ) -> bool:
-    tag, n, channels = _WORK[rois.dtype], len(rois), out.shape[1]
-    problem, constants = _pose(rois, levels, maps, pooling)
-    taps = _most_taps(problem, tag, n, pooling)
+    """Have every RoI laid, read and summed by one thread, or a large one by several."""
+    tags = _TAG[dtype], _WORK[rois.dtype], _TAG[out.dtype]
+    n, channels = out.shape[:2]
+    problem, _constants_of_it = _pose(rois, levels, maps, pooling)
+    taps = _most_taps(problem, tags[1], n, pooling)
     inner = channels if any(f.stride(1) == 1 for f in features) else 1
-    height, width = max(maps.heights), max(maps.widths)
-    sizes = planes.sizes(*taps, height, width, tuple(pooling.output_size), inner, rois.dtype.itemsize, 0)
-    lines = channels * pooling.output_size[0]
-    # Numbers read, of four taps along each axis; a task must be worth its tables
-    work = n * channels * pooling.output_size[0] * (4 * pooling.output_size[1] + 64)
-    wanted = _TASKS_PER_THREAD * torch.get_num_threads()
-    pieces = max(1, min(math.ceil(wanted / n), math.ceil(lines / LANES), work // 50_000))
-    at_once = max(1, min(n // (4 * wanted), 64))
-    pooled, lost = _describe(out), array("q", [0])
-    job = (_TAG[dtype], tag, _TAG[out.dtype], problem, _at(pooled), channels, n, at_once, pieces,
-           max(height, width), _at(lost))
-    owned = (out, features, maps, rois, levels, constants, pooled, lost)
-    _run(planes.run, job, _one_room(planes.Room), sizes, math.ceil(n / at_once) * pieces, work, arena, owned)
-    return lost[0] > 0
+    room = planes.sizes(*taps, maps.heights, maps.widths, *pooling.output_size, inner, rois.dtype.itemsize, 0)
+    work, at_once, pieces = planes.share(n, channels, *pooling.output_size, torch.get_num_threads())
+    pooled = _describe(out)
+    job = 0, problem, _at(pooled), channels, n, at_once, pieces, maps.longest
+    row = _run(planes.run, planes.Job, tags, job, [room], math.ceil(n / at_once) * pieces, work, arena)
+    return row[1] > 0
 
 
 def _forward(
@@ -157,34 +152,32 @@ def _forward(
         out[torch.from_numpy(integers(survey.keys, len(rois)) == -1)] = torch.nan
     dtype, way = kind
     pooled = _describe(out)
-    tag, owned = _WORK[rois.dtype], (out, features, maps, survey, pooled)
+    tags = _TAG[dtype], _WORK[rois.dtype], _TAG[out.dtype]
     base, lo = arena.mark(), 0
     while lo < survey.done:
         t = _fill(survey, lo, survey.done, maps, _ROOM, arena)
-        job: tuple[Any, ...] = (_TAG[dtype], tag, _TAG[out.dtype], _at(maps.rows), len(features), _at(pooled))
+        job = _at(maps.rows), len(features), _at(pooled)
         rest = (survey.order + 8 * lo, t.homes, t.ys, t.xs, out.shape[1])
-        (_forward_in_place if way is DIRECT else _forward_packed)(job, rest, t, out, rois.dtype, arena, owned)
+        (_forward_in_place if way is DIRECT else _forward_packed)(tags, job, rest, t, out, arena)
         arena.rewind(base)
         lo += t.number
     return lost > 0
 
 
 def _forward_in_place(
-    job: tuple[Any, ...], rest: tuple[Any, ...], t: Tables, out: Tensor, dtype: torch.dtype,
-    arena: Arena, owned: object,
-) -> None:  # fmt: skip
+    tags: tuple[Any, ...], job: tuple[Any, ...], rest: tuple[Any, ...], t: Tables, out: Tensor, arena: Arena
+) -> None:
     most = max(int(direct_kernel.CELLS), t.x_taps)
     entries = direct_kernel.entries(most, out.shape[1], out.shape[3])
     tasks = math.ceil(t.number / direct_kernel.ROIS)
     line, work = max(most, out.shape[3] + 1), t.taps * out.shape[1]
-    sizes = _scratch(line, entries, dtype)
-    _run(direct_kernel.run, (*job, t.number, *rest), _one_room(Scratch), sizes, tasks, work, arena, owned)
+    scratch = _scratch(line, entries, tags)
+    _run(direct_kernel.run, direct_kernel.Job, tags, (*job, t.number, *rest), [scratch], tasks, work, arena)
 
 
 def _forward_packed(
-    job: tuple[Any, ...], rest: tuple[Any, ...], t: Tables, out: Tensor, dtype: torch.dtype,
-    arena: Arena, owned: object,
-) -> None:  # fmt: skip
+    tags: tuple[Any, ...], job: tuple[Any, ...], rest: tuple[Any, ...], t: Tables, out: Tensor, arena: Arena
+) -> None:
     blocks = math.ceil(out.shape[1] / LANES)
     most = max(64, t.number * blocks // (_TASKS_PER_THREAD * torch.get_num_threads()))
     groups = arena.take(8 * t.number * int(forward_kernel.GROUP_COLUMNS))
@@ -192,9 +185,9 @@ def _forward_packed(
     entries = forward_kernel.entries(cells, t.columns, out.shape[3])
     line, work = max(t.rows, t.columns, *out.shape[2:]) + 1, t.taps * out.shape[1]
     job = (*job, groups, number, *rest)
-    sizes = _scratch(line, entries, dtype)
-    rooms = planes.sizes(0, 0, t.rows, t.longest, tuple(out.shape[2:]), 1, dtype.itemsize, 0)
-    _run(forward_kernel.run, job, _two_rooms, (*sizes, *rooms), number * blocks, work, arena, owned)
+    scratch = _scratch(line, entries, tags)
+    room = planes.sizes(0, 0, [t.rows], [t.longest], *out.shape[2:], 1, tags[1].itemsize, 0)
+    _run(forward_kernel.run, forward_kernel.Job, tags, job, [scratch, room], number * blocks, work, arena)
 
 
 def backward(
@@ -228,23 +221,20 @@ def _backward_planes(
     working: torch.dtype,
     arena: Arena,
 ) -> None:
-    tag, channels = _WORK[working], grad.shape[1]
-    homes = len(maps.first) - 1
-    bounds = integers(survey.bounds, homes + 1).tolist()
-    wanted = _TASKS_PER_THREAD * torch.get_num_threads()
-    tasks, band = planes.cut(grads, maps.mine, bounds, channels, wanted)
-    if not len(tasks):
-        return
-    taps = _most_taps(survey.problem, tag, n, pooling)
+    tags, channels = (_TAG[dtype], _WORK[working], _TAG[grad.dtype]), grad.shape[1]
+    bounds = integers(survey.bounds, len(maps.first)).tolist()
+    tasks, band = planes.cut(grads, maps.mine, bounds, channels, _TASKS_PER_THREAD * torch.get_num_threads())
+    taps = _most_taps(survey.problem, tags[1], n, pooling)
     inner = channels if any(g.stride(1) == 1 for g in grads) else 1
-    height, width = max(maps.heights), max(maps.widths)
-    sizes = planes.sizes(*taps, height, width, tuple(pooling.output_size), inner, working.itemsize, band)
+    room = planes.sizes(*taps, maps.heights, maps.widths, *pooling.output_size, inner, working.itemsize, band)
     pooled = _describe(grad)
-    job = (_TAG[dtype], tag, _TAG[grad.dtype], survey.problem, _at(pooled), channels, tasks.ctypes.data,
-           len(tasks), survey.keys, survey.order, _at(maps.first), survey.spans, max(height, width))
+    n_tasks = len(tasks) // int(planes.TASK_COLUMNS)
+    job = (
+        survey.problem, _at(pooled), channels, _at(tasks), n_tasks,
+        survey.keys, survey.order, _at(maps.first), survey.spans, maps.longest,
+    )  # fmt: skip
     work = grad.numel() * 16 + sum(g.numel() for g in grads)
-    owned = (grads, grad, maps, survey, pooled, tasks)
-    _run(planes.run_backward, job, _one_room(planes.Room), sizes, len(tasks), work, arena, owned)
+    _run(planes.run_backward, planes.BackwardJob, tags, job, [room], n_tasks, work, arena)
 
 
 def _most_taps(problem: tables.Problem, tag: Any, n: int, pooling: Pooling) -> tuple[int, int]:
@@ -270,9 +260,9 @@ class _Backward:
         arena: Arena,
     ) -> None:
         self.maps, self.survey, self.grad, self.arena = maps, survey, grad, arena
-        pooled = _describe(grad)
-        self.job = (_TAG[dtype], _WORK[working], _TAG[grad.dtype], _at(maps.rows), len(grads), _at(pooled))
-        self.owned = (grads, grad, maps, survey, pooled)
+        self.pooled = _describe(grad)
+        self.tags = _TAG[dtype], _WORK[working], _TAG[grad.dtype]
+        self.job = _at(maps.rows), len(grads), _at(self.pooled)
         self.working = working
         homes = len(maps.first) - 1
         self.bounds: list[int] = integers(survey.bounds, homes + 1).tolist()
@@ -289,7 +279,9 @@ class _Backward:
             t = _fill(self.survey, lo, self.survey.done, self.maps, _ROOM_TURNED, self.arena)
             stop = bisect.bisect_right(self.bounds, lo + t.number) - 1
             if stop > home:
-                self.run_tasks(self.cut(home, stop), lo, t)
+                tasks = self.cut(home, stop)
+                if len(tasks):
+                    self.run_tasks(tasks, self.entries(tasks), lo, t)
             self.arena.rewind(base)
             if stop == home:
                 self.run_by_parts(home)
@@ -299,6 +291,7 @@ class _Backward:
     def run_by_parts(self, home: int) -> None:
         """Take one map with RoIs for several tables; its rings are kept from one to the next."""
         tasks, base = self.cut(home, home + 1), self.arena.mark()
+        entries = self.entries(tasks)
         size = int(tasks[0, backward_kernel.RING] * tasks[0, backward_kernel.SPAN])
         size *= LANES * self.working.itemsize
         at_once = max(1, _KEPT // size)
@@ -308,9 +301,9 @@ class _Backward:
             rings, lo, stop = self.arena.mark(), self.bounds[home], self.bounds[home + 1]
             while lo < stop:
                 t = _fill(self.survey, lo, stop, self.maps, _ROOM_TURNED, self.arena)
-                some[:, backward_kernel.START], some[:, backward_kernel.STOP] = lo, lo + t.number
+                some[:, backward_kernel.START], some[:, backward_kernel.STOP] = 0, t.number
                 some[:, backward_kernel.ENDS] = lo + t.number == stop
-                self.run_tasks(some, lo, t)
+                self.run_tasks(some, entries, lo, t)
                 self.arena.rewind(rings)
                 lo += t.number
             self.arena.rewind(base)
@@ -319,61 +312,65 @@ class _Backward:
         """Tasks for some maps."""
         mine, widths = self.maps.mine, self.maps.widths
         homes = [h for h in range(home, stop) if mine[h % len(mine)]]
-        height, channels = self.grad.shape[2], self.grad.shape[1]
-        return backward_kernel.cut(widths, self.bounds, self.spans, homes, height, channels, self.most)
+        height, channels, lo = self.grad.shape[2], self.grad.shape[1], self.bounds[home]
+        return backward_kernel.cut(widths, self.bounds, self.spans, homes, lo, height, channels, self.most)
 
-    def run_tasks(self, tasks: Array, lo: int, t: Tables) -> None:
+    def entries(self, tasks: Array) -> tuple[int, int, int]:
+        """Of scratch, that all of these or any take."""
+        return backward_kernel.entries(tasks, *self.grad.shape[1:])
+
+    def run_tasks(self, tasks: Array, entries: tuple[int, int, int], lo: int, t: Tables) -> None:
         """Run tasks whose RoIs have tables from RoI `lo` on."""
-        if len(tasks) == 0:
-            return
-        tasks[:, [backward_kernel.START, backward_kernel.STOP]] -= lo
         channels, height, width = self.grad.shape[1:]
         ys = _turn(t.ys, t, height, self.working, self.arena)
         xs = _turn(t.xs, t, width, self.working, self.arena)
-        rings, spans = tasks[:, backward_kernel.RING], tasks[:, backward_kernel.SPAN]
-        entries = int((rings * spans).max()), int(spans.max()) * height, height * width
         job = (*self.job, tasks.ctypes.data, len(tasks), self.survey.order + 8 * lo, ys, xs, channels)
         cells = sum(h * w for h, w in zip(self.maps.heights, self.maps.widths, strict=True))
         work, line = (t.taps + cells * self.maps.images) * channels, max(t.rows, t.columns, height, width) + 1
-        owned = (*self.owned, tasks)
-        sizes = _scratch(line, entries, self.working)
-        _run(backward_kernel.run, job, _one_room(Scratch), sizes, len(tasks), work, self.arena, owned)
+        scratch = _scratch(line, entries, self.tags)
+        _run(
+            backward_kernel.run, backward_kernel.Job, self.tags, job, [scratch], len(tasks), work, self.arena
+        )
 
 
 def _run(
     kernel: Any,
+    kind: Any,
+    tags: tuple[Any, ...],
     job: tuple[Any, ...],
-    room: Callable[..., Any],
-    sizes: Sequence[int],
+    scratch: Sequence[tuple[Any, ...]],
     tasks: int,
     work: int,
     arena: Arena,
-    owned: object,
-) -> None:
-    """Run a kernel on the threads, each with scratch of its own: `room` is the names of its parts.
+) -> "array[int]":
+    """Run a task kernel on the threads, each with scratch of its own.
 
-    `job` names memory by address; `owned` is what that memory belongs to.
+    Args:
+        kernel: what to run.
+        kind: of its job, a NamedTuple.
+        tags: numbers of the three types that it is compiled for.
+        job: the fields between the first and the scratch. They name memory by address, which the caller
+            owns until this returns.
+        scratch: sizes of each kind of scratch.
+        tasks: how many there are.
+        work: about how many numbers are read.
+        arena: for the scratch.
+
+    Returns:
+        The job as the kernel leaves it.
     """
-    starts = tuple(itertools.accumulate((-(-size // 64) * 64 for size in sizes), initial=0))
-
-    def take_tasks(counter: int, memory: int) -> None:
-        kernel(counter, *job, *room(*(memory + start for start in starts[:-1])))
-
-    threads.run(take_tasks, tasks, starts[-1], work, arena, owned)
-
-
-def _one_room(room: Any) -> Any:
-    return lambda *addresses: (room(*addresses),)
+    stop, offsets = 0, []
+    for sizes in scratch:
+        at, stop = lay(sizes, stop)
+        offsets.append(at)
+    row = pack(kind(0, *job, *offsets))
+    threads.run(kernel, tags, _at(row), tasks, stop, work, arena)
+    return row
 
 
-def _two_rooms(*addresses: int) -> tuple[Scratch, planes.Room]:
-    n = len(Scratch._fields)
-    return Scratch(*addresses[:n]), planes.Room(*addresses[n:])
-
-
-def _scratch(line: int, entries: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
-    """Sizes of `lanes.Scratch`: lines of offsets, then entries."""
-    return *(8 * line,) * 6, *(n * LANES * dtype.itemsize for n in entries)
+def _scratch(line: int, entries: Sequence[int], tags: tuple[Any, ...]) -> Scratch:
+    """Sizes of lists of offsets, and of what has entries of 16 numbers."""
+    return Scratch(*(8 * line,) * 6, *(n * LANES * tags[1].itemsize for n in entries))
 
 
 def _survey(
@@ -381,7 +378,7 @@ def _survey(
 ) -> tuple[Survey, int]:
     """Put the RoIs in order; and how many cannot be pooled."""
     tag, n = _WORK[rois.dtype], len(rois)
-    problem, constants = _pose(rois, levels, maps, pooling)
+    problem, _constants_of_it = _pose(rois, levels, maps, pooling)
     homes, rows = len(maps.first) - 1, maps.first[-1]
     keys, order, spans = arena.take(8 * n), arena.take(8 * n), arena.take(8 * homes)
     bounds, counts = arena.take(8 * (homes + 1)), arena.take(8 * rows)
@@ -390,9 +387,7 @@ def _survey(
     return Survey(problem, tag, order, done, keys, spans, bounds, (rois, levels, maps, constants)), lost
 
 
-def _pose(
-    rois: Tensor, levels: Tensor | None, maps: Maps, pooling: Pooling
-) -> tuple[tables.Problem, object]:
+def _pose(rois: Tensor, levels: Tensor | None, maps: Maps, pooling: Pooling) -> tuple[tables.Problem, object]:
     """What the kernels are told of the RoIs, and what owns the constants in it."""
     constants = scales, thresholds, serving = _constants(
         tuple(pooling.scales), tuple(pooling.thresholds), tuple(pooling.order), rois.dtype
@@ -446,7 +441,9 @@ def _kind(feature: Tensor, out: Tensor) -> tuple[torch.dtype, str]:
 
 def _way(feature: Tensor, out: Tensor) -> str:
     import os
-    if os.environ.get("WAY"): return {"d": DIRECT, "p": PACKED, "l": PLANES}[os.environ["WAY"]]
+
+    if os.environ.get("WAY"):
+        return {"d": DIRECT, "p": PACKED, "l": PLANES}[os.environ["WAY"]]
     if feature.stride(1) == out.stride(1) == 1 and out.shape[1] >= int(direct_kernel.WIDE):
         return DIRECT
     return PLANES if out.shape[1] < LANES or out.shape[0] < 8 else PACKED
@@ -454,7 +451,9 @@ def _way(feature: Tensor, out: Tensor) -> str:
 
 def _backward_way(grad: Tensor) -> str:
     import os
-    if os.environ.get("WAY"): return {"d": PACKED, "p": PACKED, "l": PLANES}[os.environ["WAY"]]
+
+    if os.environ.get("WAY"):
+        return {"d": PACKED, "p": PACKED, "l": PLANES}[os.environ["WAY"]]
     return PLANES if grad.shape[1] < LANES or grad.shape[0] < 8 else PACKED
 
 

@@ -5,13 +5,17 @@ channels, each row once, and pooled there. A RoI that shares nothing is read in 
 where they lie innermost, else as in `planes.py`.
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from . import planes
-from .jit import kernel, part
+from .jit import c_kernel, kernel, part
+from .jobs import scratch_in, unpack
 from .lanes import (
     AHEAD,
     REPLACE,
+    Scratch,
     combine,
     from_block,
     to_block,
@@ -28,6 +32,7 @@ from .tables import (
     ROW_STEP,
     WIDTH,
     ZERO,
+    AxisAt,
 )
 
 # The columns of `groups`: its RoIs, the columns of the map they need, and rows kept (0: each RoI packs
@@ -88,12 +93,30 @@ def group(rois, homes, ys, xs, most, groups):
     return n, most_cells
 
 
-@kernel
-def run(
-    counter, src_tag, tag, out_tag, maps, levels, out, groups, n_groups, order, homes, ys, xs, channels,
-    scratch, room,
-):  # fmt: skip
+class Job(NamedTuple):
+    """What `run` is told: numbers, and addresses of arrays."""
+
+    taken: Any  # tasks, so far
+    maps: Any  # (levels, MAP_COLUMNS)
+    levels: Any
+    out: Any  # how it lies in memory
+    groups: Any  # (n_groups, GROUP_COLUMNS)
+    n_groups: Any
+    order: Any  # (n,) of the RoIs in the tables
+    homes: Any  # (n,)
+    ys: AxisAt
+    xs: AxisAt
+    channels: Any
+    scratch: Scratch  # offsets
+    room: planes.Room  # likewise
+
+
+@c_kernel
+def run(job, memory, source, working, result):
     """Take tasks until none is left. A task is a group of RoIs and 16 channels."""
+    _, maps, levels, out, groups, n_groups, order, homes, ys, xs, channels, offsets, more = unpack(Job, job)
+    src_tag, tag, out_tag, counter = source(0), working(0), result(0), job
+    scratch, room = scratch_in(offsets, memory), scratch_in(more, memory)
     tasks = n_groups * ((channels + LANES - 1) // LANES)
     task = fetch_add(counter)
     while task < tasks:

@@ -1,4 +1,4 @@
-"""How kernels are compiled: without the GIL, and kept on disk where that is possible."""
+"""How kernels are compiled, kept on disk where that is possible, and called by address."""
 
 import functools
 import hashlib
@@ -12,7 +12,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 import numba
-from numba import config, njit
+from numba import config, njit, types
 
 from ..apart import do_apart
 
@@ -76,21 +76,38 @@ def part(function: Callable[..., Any]) -> Any:
 
     A third of the time to compile went into those two.
     """
-    return njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    return njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile a function when it is first called, for the types it is called with.
+    """Compile a function when it is first called, for the types it is called with. It keeps the GIL.
+
+    To give the GIL up costs more than a short kernel takes, where another thread wants it: some 5 ms, until
+    it is back. Kernels never raise, as only those by zero might: a division there gives what NumPy's does.
 
     Compiled kernels are kept beside the source, or, where that cannot be written, in the user's cache
     folder (`NUMBA_CACHE_DIR` overrides both). Where neither can, or the disk is full, or this Numba keeps
     them in a way of its own, each process compiles anew what is not there already, and the log says so once.
     """
+    return _kernel(function, error_model="numpy", no_cfunc_wrapper=True)
+
+
+def kernel_without_gil(function: Callable[..., Any]) -> Any:
+    """Compile a function likewise that gives up the GIL while it runs."""
+    return _kernel(function, error_model="numpy", no_cfunc_wrapper=True, nogil=True)
+
+
+def c_kernel(function: Callable[..., Any]) -> Any:
+    """Compile a function likewise that is called by its `address`, with the GIL or without."""
+    return _kernel(function, error_model="numpy")
+
+
+def _kernel(function: Callable[..., Any], **options: Any) -> Any:
     try:
-        compiled = _kept(function)
+        compiled = _kept(function, options)
     except Exception as error:  # whatever it is, it is no reason to be without the engine
         _say(error)
-        compiled = njit(nogil=True, no_cfunc_wrapper=True)(function)
+        compiled = njit(**options)(function)
     # What Numba calls when types are new. A call inside a call must not meet its compiler half way.
     compile_for_args = getattr(compiled, "_compile_for_args", None)  # not documented
     if compile_for_args is not None:
@@ -98,21 +115,48 @@ def kernel(function: Callable[..., Any]) -> Any:
     return compiled
 
 
-def _kept(function: Callable[..., Any]) -> Any:
+def _kept(function: Callable[..., Any], options: dict[str, Any]) -> Any:
     global _folder
     from . import kept  # a Numba without what this uses must fail here
 
     if _STAMP is None:
         raise RuntimeError("what they are made of cannot be read")
     try:
-        compiled = njit(nogil=True, cache=True, no_cfunc_wrapper=True)(function)
+        compiled = njit(cache=True, **options)(function)
         _folder = kept.check_files(compiled, _STAMP, _say)
     except RuntimeError as error:  # "no locator available"
         _say(error)
         with kept.content_to_read():
-            compiled = njit(nogil=True, cache=True, no_cfunc_wrapper=True)(function)
+            compiled = njit(cache=True, **options)(function)
         kept.check_files(compiled, _STAMP, _say)
     return compiled
+
+
+_addresses: dict[tuple[Any, ...], tuple[int, object]] = {}
+
+
+def address(compiled: Any, *kinds: Any) -> int:
+    """Of the C function of a `c_kernel` for such types, Numba's; compiled if it is not yet.
+
+    It returns nothing. Arguments that are types themselves are pointers there, which nobody reads.
+    """
+    key = (compiled, *kinds)
+    found = _addresses.get(key)
+    if found is None:
+        found = _addresses[key] = do_apart(_find_address, compiled, types.void(*kinds))
+    return found[0]
+
+
+def _find_address(compiled: Any, signature: Any) -> tuple[int, object]:
+    """The address, and who keeps what is there."""
+    try:
+        result = compiled.get_compile_result(signature)  # not documented, nor what is made of it
+        at: int = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
+        return at, result
+    except AttributeError as error:
+        _say(error)
+        made = numba.cfunc(signature, error_model="numpy")(compiled.py_func)
+        return made.address, made
 
 
 def cache_folder() -> str | None:

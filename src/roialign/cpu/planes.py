@@ -9,14 +9,15 @@ Of a row only *windows* of 16 numbers are read that hold a column which is touch
 tables of a RoI in memory of its own, right before it is pooled.
 """
 
+from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from .jit import kernel, part
+from .jit import c_kernel, part
+from .jobs import scratch_in, unpack
 from .lanes import REPLACE, combine, copy_run, spread, zero_cells, zero_run
 from .simd import LANES, fetch_add, get, load_one, put, size_of, store_one, transpose8
 from .tables import (
@@ -32,6 +33,7 @@ from .tables import (
     WIDTH,
     ZERO,
     AxisAt,
+    Problem,
     fill_axis,
     home_of,
 )
@@ -41,6 +43,8 @@ TILE = np.int64(8)
 FEW = np.int64(2**10)  # taps of a RoI, the most of those that are listed
 BAND = 2**20  # most numbers of a band
 LEAST = 2**15  # that are worth a band of their own
+TASKS_PER_THREAD = 4
+WORTH_A_TASK = 50_000  # numbers read, which laying the tables of a RoI anew must be worth
 
 # The columns of the tasks of backward: the map, its RoIs in their order, channels and rows of the map.
 MAP, START, STOP, CHANNEL, CHANNEL_STOP, TOP, BOTTOM = np.arange(7)
@@ -79,37 +83,49 @@ class Room(NamedTuple):
 
 
 def sizes(
-    y_taps: int, x_taps: int, height: int, width: int, bins: tuple[int, int], inner: int, number: int,
-    band: int,
+    y_taps: int, x_taps: int, heights: Sequence[int], widths: Sequence[int], bins_y: int, bins_x: int,
+    inner: int, number: int, band: int,
 ) -> Room:  # fmt: skip
     """Bytes that a thread needs.
 
     Args:
         y_taps: the most that a RoI has.
         x_taps: likewise.
-        height: the most rows of a map.
-        width: the most columns.
-        bins: along y and x.
+        heights: rows of the maps.
+        widths: columns of the maps.
+        bins_y: rows of bins.
+        bins_x: columns of bins.
         inner: the most channels that lie side by side in a row.
         number: bytes of a number.
         band: numbers of the rows of a gradient map that are summed at once.
     """
-    line = width * inner + 3 * LANES * -(-inner // LANES)
-    entry, one = LANES * number, 8
+    height, width = max(heights), max(widths)
+    whole = -(-inner // LANES) * LANES
+    line, blocks = width * inner + 3 * whole, int(AT_ONCE)
+    entry, bins = LANES * number, bins_x * inner
     return Room(
-        one * (bins[0] + 1), one * y_taps, one * y_taps, number * y_taps,
-        one * (bins[1] + 1), one * x_taps, one * x_taps, number * x_taps,
-        one * 4, one * max(height, width), one * height, one * line, one * width, one * bins[0], one * line,
-        one * int(AT_ONCE) * inner, one * bins[1], one * int(AT_ONCE) * inner,
-        entry * line, entry * line * int(AT_ONCE), entry * (bins[1] * inner * int(AT_ONCE) + 8),
-        entry * (bins[1] * inner + 1),
-        one * (min(bins[0] * bins[1], int(FEW)) + 1), one * int(FEW), number * int(FEW), number * band,
+        8 * (bins_y + 1), 8 * y_taps, 8 * y_taps, number * y_taps,
+        8 * (bins_x + 1), 8 * x_taps, 8 * x_taps, number * x_taps,
+        8 * 4, 8 * max(height, width), 8 * height, 8 * line, 8 * width, 8 * bins_y, 8 * line,
+        8 * blocks * inner, 8 * bins_x, 8 * blocks * inner,
+        entry * line, entry * line * blocks, entry * (bins * blocks + 8), entry * (bins + 1),
+        8 * (min(bins_y * bins_x, int(FEW)) + 1), 8 * int(FEW), number * int(FEW), number * band,
     )  # fmt: skip
+
+
+def share(rois: int, channels: int, bins_y: int, bins_x: int, threads: int) -> tuple[int, int, int]:
+    """About how many numbers are read, how many RoIs a task has, and in how many pieces one is cut."""
+    work = rois * channels * bins_y * (4 * bins_x + 64)
+    tasks = TASKS_PER_THREAD * threads
+    at_once = max(1, min(rois // (4 * tasks), 64))
+    blocks = -(-channels * bins_y // LANES)
+    pieces = max(1, min(-(-tasks // rois), blocks, work // WORTH_A_TASK))
+    return work, at_once, pieces
 
 
 def cut(
     grads: Sequence[Tensor], mine: Sequence[bool], bounds: Sequence[int], channels: int, wanted: int
-) -> tuple[NDArray[np.int64], int]:
+) -> tuple["array[int]", int]:
     """Cut gradient maps into bands of rows of some channels.
 
     Args:
@@ -122,7 +138,7 @@ def cut(
     Returns:
         A row per task, and the most numbers of a band.
     """
-    tasks, most = [], 0
+    tasks, most = array("q"), 0
     for home in range(len(bounds) - 1):
         if not mine[home % len(mine)]:
             continue
@@ -133,12 +149,11 @@ def cut(
         planes = min(channels // inner, max(1, whole // (height * length)))
         rows = min(height, max(1, whole // (planes * length)))
         most = max(most, planes * rows * length)
-        tasks += [
-            (home, bounds[home], bounds[home + 1], c, min(c + planes * inner, channels), y, min(y + rows, height))
-            for c in range(0, channels, planes * inner)
-            for y in range(0, height, rows)
-        ]
-    return np.array(tasks, np.int64).reshape(-1, TASK_COLUMNS), most
+        for c in range(0, channels, planes * inner):
+            for y in range(0, height, rows):
+                end = min(c + planes * inner, channels), y, min(y + rows, height)
+                tasks.extend((home, bounds[home], bounds[home + 1], c, *end))
+    return tasks, most
 
 
 @part
@@ -171,19 +186,31 @@ def _whole(inner):
     return (inner + LANES - 1) // LANES * LANES
 
 
-@kernel
-def run(
-    counter, src_tag, tag, out_tag, problem, out, channels, rois, at_once, pieces, longest, lost, room
-):  # fmt: skip
-    """Take tasks until none is left. A task is some RoIs, or a piece of one.
+class Job(NamedTuple):
+    """What `run` is told: numbers, and addresses of arrays."""
 
-    `lost` is set if a RoI cannot be pooled.
-    """
+    taken: Any  # tasks, so far
+    lost: Any  # set if a RoI cannot be pooled
+    problem: Problem
+    out: Any  # how it lies in memory
+    channels: Any
+    rois: Any
+    at_once: Any  # RoIs of a task
+    pieces: Any  # that a RoI is cut into
+    longest: Any  # axis of a map
+    room: Room  # offsets
+
+
+@c_kernel
+def run(job, memory, source, working, result):
+    """Take tasks until none is left. A task is some RoIs, or a piece of one."""
+    _, _, problem, out, channels, rois, at_once, pieces, longest, offsets = unpack(Job, job)
+    src_tag, tag, out_tag, room = source(0), working(0), result(0), scratch_in(offsets, memory)
     for cell in range(longest):
         put(room.place, cell, -ONE)
     ys, xs = _tables(room)
     tasks = (rois + at_once - 1) // at_once * pieces
-    task = fetch_add(counter)
+    task = fetch_add(job)
     while task < tasks:
         first, piece = task // pieces * at_once, task % pieces
         for k in range(first, min(first + at_once, rois)):
@@ -191,7 +218,7 @@ def run(
             level = home % problem.n_levels
             m = problem.maps + 8 * level * MAP_COLUMNS
             if home < 0:
-                put(lost, 0, ONE)
+                put(job, 1, ONE)
                 _lose(tag, out_tag, out, k, channels)
             elif get(m, MINE):
                 fill_axis(tag, problem, k, ZERO, level, problem.bins_y, ys, ZERO, room.place)
@@ -202,9 +229,10 @@ def run(
                 blocks = (lines + LANES - 1) // LANES
                 pool(
                     src_tag, src, m, tag, out_tag, out, k, channels, inner, ys, xs, ZERO,
-                    blocks * piece // pieces * LANES, min(blocks * (piece + 1) // pieces * LANES, lines), room,
+                    blocks * piece // pieces * LANES, min(blocks * (piece + 1) // pieces * LANES, lines),
+                    room,
                 )  # fmt: skip
-        task = fetch_add(counter)
+        task = fetch_add(job)
 
 
 @part
@@ -219,8 +247,8 @@ def _lose(tag, out_tag, out, k, channels):
 def pool(src_tag, src, m, tag, out_tag, out, k, channels, inner, ys, xs, i, first, stop, room):
     """Pool the lines `first:stop` of RoI k, which has tables number i.
 
-    Of `inner` channels that lie side by side, a line has all; of others it is one channel's. Where `inner` is 0
-    those of a map are read one by one.
+    Of `inner` channels that lie side by side, a line has all; of others it is one channel's. Where `inner`
+    is 0 those of a map are read one by one.
     """
     height, width = get(out, HEIGHT), get(out, WIDTH)
     side = max(inner, ONE)
@@ -403,7 +431,8 @@ def _are_few(ys, xs, i, height, width, windows):
     """
     y_taps = get(ys.start, i * (height + 1) + height)
     taps = y_taps * get(xs.start, i * (width + 1) + width)
-    return taps <= FEW and height * width <= FEW and 2 * taps <= windows * (y_taps + 10 * height) + 3 * width * height
+    blocks = windows * (y_taps + 10 * height) + 3 * width * height
+    return taps <= FEW and height * width <= FEW and 2 * taps <= blocks
 
 
 @part
@@ -464,19 +493,37 @@ def _in_one_run(pooled, channels, inner, size):
     return columns and rows and (channels == 1 or get(pooled, CHANNEL_STEP) == height * length * size)
 
 
-@kernel
-def run_backward(
-    counter, dst_tag, tag, grad_tag, problem, grad, channels, tasks, n_tasks, keys, order, firsts, spans,
-    longest, room,
-):  # fmt: skip
+class BackwardJob(NamedTuple):
+    """What `run_backward` is told: numbers, and addresses of arrays."""
+
+    taken: Any  # tasks, so far
+    problem: Problem
+    grad: Any  # how it lies in memory
+    channels: Any
+    tasks: Any  # (n_tasks, TASK_COLUMNS)
+    n_tasks: Any
+    keys: Any  # (K,) see `tables.survey`
+    order: Any  # (K,)
+    firsts: Any  # the first row of each map, among the rows of all
+    spans: Any  # the most rows that a RoI of each map spans
+    longest: Any  # axis of a map
+    room: Room  # offsets
+
+
+@c_kernel
+def run_backward(job, memory, target, working, gradient):
     """Take tasks until none is left. A task is a band of rows of some channels of a map.
 
     Its sums are made in memory of its own, RoI by RoI in their order, and every element is written once.
     """
+    _, problem, grad, channels, tasks, n_tasks, keys, order, firsts, spans, longest, offsets = unpack(
+        BackwardJob, job
+    )
+    dst_tag, tag, grad_tag, room = target(0), working(0), gradient(0), scratch_in(offsets, memory)
     for cell in range(longest):
         put(room.place, cell, -ONE)
     ys, xs = _tables(room)
-    at = fetch_add(counter)
+    at = fetch_add(job)
     while at < n_tasks:
         task = tasks + 8 * at * TASK_COLUMNS
         home, top, bottom = get(task, MAP), get(task, TOP), get(task, BOTTOM)
@@ -514,7 +561,7 @@ def run_backward(
                     copy_run(tag, from_, dst_tag, to + row * get(m, ROW_STEP), length)
                 else:
                     zero_run(dst_tag, to + row * get(m, ROW_STEP), length)
-        at = fetch_add(counter)
+        at = fetch_add(job)
 
 
 @part

@@ -1,128 +1,128 @@
 """Threads of our own: as many as `torch.get_num_threads()` says at each call.
 
 Numba's parallel backend is not used: its default threading layer ends the process when two Python
-threads enter it. Kernels release the GIL and take tasks from a shared counter, so one call per
-thread is all that Python does, and a helper that wakes up late finds nothing left to do.
+threads enter it. Helpers are threads of Python that enter compiled code for ever; see `slots.py`.
 
-KeyboardInterrupt may tear the caller out of a call at any instruction, while helpers go on. So a helper owns
-what it reads and writes, until it is done; it never raises where nobody waits for it; and what
-passes between the two are locks and a queue of C, which an exception cannot cut in half.
+Beside a thread that runs Python, the GIL once given up is back only after `sys.getswitchinterval()`, 5 ms. So
+a run gives it up once, or, if it is short, not at all: helpers do not need it. Where the system has no
+semaphores that are known here, there are no helpers, and callers do it all.
 """
 
+import ctypes
+import functools
+import logging
 import os
 import threading
-from collections.abc import Callable
-from queue import SimpleQueue
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import numba
 import numpy as np
 import torch
+from numba import types
 
-from .memory import Arena
+from ..apart import do_apart
+from . import machine, slots
+from .jit import address
+from .memory import Arena, integers
 
 _WORTH_A_THREAD = 500_000
-_TINY = 5e-324  # a denormal number: zero where those are flushed
+_WORTH_THE_GIL = 1_000_000  # of each thread, a millisecond or two; others may keep the GIL for 5
 _MOST = max(32, os.cpu_count() or 1)
 
-
-class _Offer:
-    """A share in a call: a helper takes it up, or else the caller withdraws it."""
-
-    def __init__(self, work: Callable[[], None], owned: object) -> None:
-        self._work, self._owned = work, owned
-        self.error: BaseException | None = None
-        self._taken, self._done = threading.Lock(), threading.Lock()
-        self._done.acquire()
-
-    def take_up(self) -> None:
-        """Do the work, unless the offer was withdrawn."""
-        if self._taken.acquire(blocking=False):
-            try:
-                self._work()
-            except BaseException as error:
-                self.error = error
-            self._let_go()
-            self._done.release()
-
-    def close(self) -> None:
-        """Withdraw the offer, or wait until the work is done."""
-        if self._taken.acquire(blocking=False):
-            self._let_go()
-        else:
-            self._done.acquire()
-
-    def _let_go(self) -> None:
-        del self._work, self._owned
+_log = logging.getLogger("roialign")
 
 
-_offers: "SimpleQueue[_Offer]" = SimpleQueue()
-_helpers = 0
-_lock = threading.RLock()  # a signal handler may pool while its own thread holds it
+class _Pool:
+    """Slots, and the helpers that look for jobs in them."""
+
+    def __init__(self) -> None:
+        block = np.zeros(int(slots.POOL) + 64, np.uint8)
+        # Helpers sleep there when the interpreter ends and frees what it can.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(block))
+        start: int = block.__array_interface__["data"][0]
+        self.at = start + -start % 64
+        self.most = 0  # helpers there may be
+        self.helpers = 0
+        self.lock = threading.RLock()  # a signal handler may pool while its own thread holds it
+        try:
+            self._lay()
+            self.most = _MOST
+        except (OSError, AttributeError) as error:
+            _log.warning("the CPU engine has no helper threads: %s", error)
+
+    def _lay(self) -> None:
+        words = integers(self.at, 8)
+        words[slots.WAIT], words[slots.POST] = machine.system_calls()
+        words[slots.AWAITED] = machine.semaphore(self.at + 64)
+        for i in range(slots.SLOTS):
+            at = self.at + int(slots.FIRST_SLOT + i * slots.SLOT)
+            integers(at, 8)[slots.DONE] = machine.semaphore(at + 64)
+
+    def wake(self, wanted: int) -> int:
+        """Start helpers until there are as many as wanted; returns how many of those there are."""
+        if self.helpers < wanted:
+            with self.lock:
+                while self.helpers < min(wanted, self.most):
+                    do_apart(slots.help_out.compile, (types.intp,))
+                    try:
+                        threading.Thread(
+                            target=slots.help_out, args=(self.at,), name="roialign", daemon=True
+                        ).start()
+                    except RuntimeError:  # the system allows no more, or the interpreter is about to end
+                        break
+                    self.helpers += 1
+        return min(wanted, self.helpers)
 
 
-def _forget_helpers() -> None:
-    global _offers, _helpers, _lock
-    _offers, _helpers, _lock = SimpleQueue(), 0, threading.RLock()
+_pool = _Pool()
+
+
+def _forget_pool() -> None:
+    global _pool
+    _pool = _Pool()
 
 
 if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
-    os.register_at_fork(after_in_child=_forget_helpers)
+    os.register_at_fork(after_in_child=_forget_pool)
 
 
-def _help(offers: "SimpleQueue[_Offer]") -> None:
-    while True:
-        offers.get().take_up()
+# The same function, keeping the GIL and giving it up.
+_keep_gil, _give_up_gil = (
+    make(None, *[ctypes.c_ssize_t] * 6) for make in (ctypes.PYFUNCTYPE, ctypes.CFUNCTYPE)
+)
 
 
-def _wake(wanted: int) -> int:
-    """Start helpers until there are as many as wanted; returns how many of those there are."""
-    global _helpers
-    with _lock:
-        while _helpers < min(wanted, _MOST):
-            try:
-                threading.Thread(target=_help, args=(_offers,), name="roialign", daemon=True).start()
-            except RuntimeError:  # the system allows no more threads, or the interpreter is about to end
-                break
-            _helpers += 1
-        return min(wanted, _helpers)
+@functools.cache
+def _ways() -> tuple[Callable[..., None], Callable[..., None]]:
+    at = address(slots.share_out, *[types.intp] * 6)
+    return _keep_gil(at), _give_up_gil(at)
 
 
-def run(
-    kernel: Callable[[int, int], None], tasks: int, share: int, work: int, arena: Arena, owned: object = None
-) -> None:
-    """Run `kernel(counter_address, scratch_address)` on as many threads as the work deserves.
+@functools.cache
+def _task_address(kernel: Any, *kinds: type) -> int:
+    return address(kernel, types.intp, types.intp, *map(numba.typeof, kinds))
+
+
+def run(kernel: Any, tags: Iterable[Any], job: int, tasks: int, share: int, work: int, arena: Arena) -> None:
+    """Run a task kernel on as many threads as the work deserves.
 
     Args:
-        kernel: takes tasks by adding one to the counter until there is none.
+        kernel: a `jit.c_kernel` that is given the address of its job, that of the thread's memory, and three
+            types. It takes tasks by adding one to the first word of the job, until there is none.
+        tags: numbers of the three types.
+        job: the address of what it is told.
         tasks: how many there are.
         share: bytes of scratch that each thread has of its own.
-        work: about how many numbers are read; a thread must be worth waking.
+        work: about how many numbers are read. A thread must be worth waking, and so must the GIL be worth
+            giving up.
         arena: where the shares are laid.
-        owned: what the kernel reads and writes. It lives, as the arena does, until the last helper is
-            done, even if the caller does not wait for that.
     """
-    counter = np.zeros(1, np.int64)
-    address = counter.__array_interface__["data"][0]
     wanted = min(torch.get_num_threads(), tasks, 1 + work // _WORTH_A_THREAD) - 1
-    if wanted < 1:
-        kernel(address, arena.take(share))
-        return
-    flush = _TINY * 1.0 == 0.0
-
-    def help_out(memory: int) -> Callable[[], None]:
-        def work() -> None:
-            torch.set_flush_denormal(flush)  # a thread's own; with another the sums would have other bits
-            kernel(address, memory)
-
-        return work
-
-    offers = [_Offer(help_out(arena.take(share)), (counter, arena, owned)) for _ in range(_wake(wanted))]
-    try:
-        for offer in offers:
-            _offers.put(offer)
-        kernel(address, arena.take(share))
-    finally:
-        for offer in offers:
-            offer.close()
-    for offer in offers:
-        if offer.error is not None:
-            raise offer.error
+    pool = _pool  # after a fork from here on, one without helpers
+    helpers = pool.wake(wanted) if wanted > 0 else 0
+    share = -(-share // 64) * 64
+    memory = arena.take((1 + helpers) * share)
+    keeping_gil, giving_up_gil = _ways()
+    start = keeping_gil if work < _WORTH_THE_GIL * (1 + helpers) else giving_up_gil
+    start(pool.at, _task_address(kernel, *map(type, tags)), job, memory, share, helpers)
