@@ -6,19 +6,24 @@ import torch
 from torch import Tensor
 
 
-def strides(t: Tensor) -> tuple[int, int, int, int]:
+def normal_strides(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, int, int, int]:
     """The four strides, with those replaced that name nothing because their axis has size 1.
 
     PyTorch lets such a stride be any number, and `is_contiguous()` does not look at it. Here images and
     channels then have stride 0, and a single row or column the stride with which it would continue.
     """
-    images, channels, height, width = t.shape
-    image, channel, row, column = t.stride()
+    images, channels, height, width = shape
+    image, channel, row, column = stride
     if width == 1:
         column = row if height > 1 else 0
     if height == 1:
         row = width * column
     return image if images > 1 else 0, channel if channels > 1 else 0, row, column
+
+
+def strides(t: Tensor) -> tuple[int, int, int, int]:
+    """Likewise, of a tensor."""
+    return normal_strides(t.shape, t.stride())
 
 
 def is_channels_last(t: Tensor) -> bool:

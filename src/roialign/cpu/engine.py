@@ -6,7 +6,6 @@ does not depend on the number of boxes is bounded: tables for some thousand RoIs
 
 import bisect
 import functools
-import itertools
 import math
 from array import array
 from collections.abc import Sequence
@@ -17,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..layout import strides
 from ..schema import Pooling
 from . import backward as backward_kernel
 from . import direct as direct_kernel
@@ -26,6 +24,7 @@ from . import planes, tables, threads
 from .jit import cache_folder as cache_folder
 from .jobs import lay, pack
 from .lanes import Scratch
+from .maps import Layout, Maps, at, describe, describe_maps, in_one_run, layout, pose
 from .memory import Arena, integers
 from .memory import empty as empty
 from .simd import LANES, TAGS
@@ -40,22 +39,6 @@ _TASKS_PER_THREAD = 4
 DIRECT, PACKED, PLANES = "direct", "packed", "planes"
 
 Array = NDArray[np.int64]
-
-
-class Maps(NamedTuple):
-    """The maps of a call, and where the rows of each begin if all are counted through, image by image."""
-
-    rows: "array[int]"  # of numbers; see `tables.AT` and on
-    first: "array[int]"  # N * L + 1
-    images: int
-    heights: list[int]
-    widths: list[int]
-    mine: list[bool]  # which are to be done
-
-    @property
-    def longest(self) -> int:
-        """The most cells along any axis."""
-        return max(*self.heights, *self.widths)
 
 
 class Survey(NamedTuple):
@@ -93,70 +76,86 @@ def forward(
     start = arena.mark()
     rois = rois.contiguous()
     levels = None if levels is None else levels.contiguous()
-    kinds = [_kind(f, out) for f in features]
+    layouts = tuple([layout(f) for f in features])
     lost = False
-    for kind in dict.fromkeys(kinds):
-        maps = _describe_maps(features, [k == kind for k in kinds])
-        dtype, way = kind
+    for dtype, way, mine in _ways(layouts, tuple([f.dtype for f in features]), out.shape[0], out.stride(1)):
+        maps = describe_maps(features, layouts, mine)
+        tags = _TAG[dtype], _WORK[rois.dtype], _TAG[out.dtype]
         if way is PLANES:
-            lost |= _forward_planes(out, features, maps, rois, levels, pooling, dtype, arena)
-            arena.rewind(start)
+            lost |= _forward_planes(out, maps, rois, levels, pooling, tags, arena)
             continue
         for lo in range(0, len(rois), _SLAB):
             part = slice(lo, lo + _SLAB)
             some = out, rois, levels
             if len(rois) > _SLAB:
                 some = out[part], rois[part], None if levels is None else levels[part]
-            lost |= _forward(some[0], features, maps, *some[1:], pooling, kind, arena)
+            lost |= _forward(some[0], maps, *some[1:], pooling, tags, way, arena)
             arena.rewind(start)
     arena.give_back()
     return lost
 
 
+@functools.lru_cache(256)
+def _ways(
+    layouts: tuple[Layout, ...], dtypes: tuple[torch.dtype, ...], rois: int, channel_step: int
+) -> list[tuple[torch.dtype, str, tuple[bool, ...]]]:
+    """What maps are read as and in which way, and those of which it is so.
+
+    Args:
+        layouts: of the maps.
+        dtypes: of the maps.
+        rois: how many there are.
+        channel_step: of the result.
+    """
+    kinds = [
+        (dtype, _way(shape[1], stride[1] == channel_step == 1, rois))
+        for (shape, stride, _), dtype in zip(layouts, dtypes, strict=True)
+    ]
+    return [(*kind, tuple(k == kind for k in kinds)) for kind in dict.fromkeys(kinds)]
+
+
+def _way(channels: int, innermost: bool, rois: int) -> str:
+    import os
+
+    if os.environ.get("WAY"):
+        return {"d": DIRECT, "p": PACKED, "l": PLANES}[os.environ["WAY"]]
+    if innermost and channels >= int(direct_kernel.WIDE):
+        return DIRECT
+    return PLANES if channels < LANES or rois < 8 else PACKED
+
+
 def _forward_planes(
-    out: Tensor,
-    features: Sequence[Tensor],
-    maps: Maps,
-    rois: Tensor,
-    levels: Tensor | None,
-    pooling: Pooling,
-    dtype: torch.dtype,
-    arena: Arena,
-) -> bool:
+    out: Tensor, maps: Maps, rois: Tensor, levels: Tensor | None, pooling: Pooling,
+    tags: tuple[Any, ...], arena: Arena,
+) -> bool:  # fmt: skip
     """Have every RoI laid, read and summed by one thread, or a large one by several."""
-    tags = _TAG[dtype], _WORK[rois.dtype], _TAG[out.dtype]
-    n, channels = out.shape[:2]
-    problem, _constants_of_it = _pose(rois, levels, maps, pooling)
+    n, channels, height, width = out.shape
+    problem, _constants = pose(rois, levels, maps, pooling)
     taps = _most_taps(problem, tags[1], n, pooling)
-    inner = channels if any(f.stride(1) == 1 for f in features) else 1
-    room = planes.sizes(*taps, maps.heights, maps.widths, *pooling.output_size, inner, rois.dtype.itemsize, 0)
-    work, at_once, pieces = planes.share(n, channels, *pooling.output_size, torch.get_num_threads())
-    pooled = _describe(out)
-    job = 0, problem, _at(pooled), channels, n, at_once, pieces, maps.longest
-    row = _run(planes.run, planes.Job, tags, job, [room], math.ceil(n / at_once) * pieces, work, arena)
+    room, size = planes.lay_room(
+        *taps, max(maps.heights), max(maps.widths), height, width, maps.inner, rois.itemsize, 0
+    )
+    work, at_once, pieces = planes.share(n, channels, height, width, torch.get_num_threads())
+    pooled = describe(out)
+    row = array(
+        "q", (0, 0, *problem, at(pooled), channels, n, at_once, pieces, maps.longest, *room)
+    )  # a `planes.Job`
+    threads.run(planes.run, tags, at(row), -(-n // at_once) * pieces, size, work, arena)
     return row[1] > 0
 
 
 def _forward(
-    out: Tensor,
-    features: Sequence[Tensor],
-    maps: Maps,
-    rois: Tensor,
-    levels: Tensor | None,
-    pooling: Pooling,
-    kind: tuple[torch.dtype, str],
-    arena: Arena,
-) -> bool:
+    out: Tensor, maps: Maps, rois: Tensor, levels: Tensor | None, pooling: Pooling,
+    tags: tuple[Any, ...], way: str, arena: Arena,
+) -> bool:  # fmt: skip
     survey, lost = _survey(rois, levels, maps, pooling, arena)
     if lost:
         out[torch.from_numpy(integers(survey.keys, len(rois)) == -1)] = torch.nan
-    dtype, way = kind
-    pooled = _describe(out)
-    tags = _TAG[dtype], _WORK[rois.dtype], _TAG[out.dtype]
+    pooled = describe(out)
     base, lo = arena.mark(), 0
     while lo < survey.done:
         t = _fill(survey, lo, survey.done, maps, _ROOM, arena)
-        job = _at(maps.rows), len(features), _at(pooled)
+        job = at(maps.rows), len(maps.mine), at(pooled)
         rest = (survey.order + 8 * lo, t.homes, t.ys, t.xs, out.shape[1])
         (_forward_in_place if way is DIRECT else _forward_packed)(tags, job, rest, t, out, arena)
         arena.rewind(base)
@@ -186,7 +185,7 @@ def _forward_packed(
     line, work = max(t.rows, t.columns, *out.shape[2:]) + 1, t.taps * out.shape[1]
     job = (*job, groups, number, *rest)
     scratch = _scratch(line, entries, tags)
-    room = planes.sizes(0, 0, [t.rows], [t.longest], *out.shape[2:], 1, tags[1].itemsize, 0)
+    room = planes.sizes(0, 0, t.rows, t.longest, *out.shape[2:], 1, tags[1].itemsize, 0)
     _run(forward_kernel.run, forward_kernel.Job, tags, job, [scratch, room], number * blocks, work, arena)
 
 
@@ -194,13 +193,14 @@ def backward(
     grads: Sequence[Tensor], grad: Tensor, rois: Tensor, levels: Tensor | None, pooling: Pooling
 ) -> None:
     """The adjoint of `forward` in the features; see `reference.backward`."""
-    grad = _in_one_run(grad)
+    grad = in_one_run(grad)
     rois = rois.contiguous()
     levels = None if levels is None else levels.contiguous()
     arena = Arena()
     start = arena.mark()
+    layouts = tuple(layout(g) for g in grads)
     for dtype in dict.fromkeys(g.dtype for g in grads):
-        maps = _describe_maps(grads, [g.dtype == dtype for g in grads])
+        maps = describe_maps(grads, layouts, tuple(g.dtype == dtype for g in grads))
         survey, _lost = _survey(rois, levels, maps, pooling, arena)
         if _backward_way(grad) is PLANES:
             _backward_planes(grads, grad, maps, survey, len(rois), pooling, dtype, rois.dtype, arena)
@@ -225,16 +225,20 @@ def _backward_planes(
     bounds = integers(survey.bounds, len(maps.first)).tolist()
     tasks, band = planes.cut(grads, maps.mine, bounds, channels, _TASKS_PER_THREAD * torch.get_num_threads())
     taps = _most_taps(survey.problem, tags[1], n, pooling)
-    inner = channels if any(g.stride(1) == 1 for g in grads) else 1
-    room = planes.sizes(*taps, maps.heights, maps.widths, *pooling.output_size, inner, working.itemsize, band)
-    pooled = _describe(grad)
+    room, size = planes.lay_room(
+        *taps, max(maps.heights), max(maps.widths), *pooling.output_size, maps.inner, working.itemsize, band
+    )
+    pooled = describe(grad)
     n_tasks = len(tasks) // int(planes.TASK_COLUMNS)
-    job = (
-        survey.problem, _at(pooled), channels, _at(tasks), n_tasks,
-        survey.keys, survey.order, _at(maps.first), survey.spans, maps.longest,
-    )  # fmt: skip
+    row = array(
+        "q",
+        (
+            0, *survey.problem, at(pooled), channels, at(tasks), n_tasks,
+            survey.keys, survey.order, at(maps.first), survey.spans, maps.longest, *room,
+        ),
+    )  # a `planes.BackwardJob`  # fmt: skip
     work = grad.numel() * 16 + sum(g.numel() for g in grads)
-    _run(planes.run_backward, planes.BackwardJob, tags, job, [room], n_tasks, work, arena)
+    threads.run(planes.run_backward, tags, at(row), n_tasks, size, work, arena)
 
 
 def _most_taps(problem: tables.Problem, tag: Any, n: int, pooling: Pooling) -> tuple[int, int]:
@@ -260,9 +264,9 @@ class _Backward:
         arena: Arena,
     ) -> None:
         self.maps, self.survey, self.grad, self.arena = maps, survey, grad, arena
-        self.pooled = _describe(grad)
+        self.pooled = describe(grad)
         self.tags = _TAG[dtype], _WORK[working], _TAG[grad.dtype]
-        self.job = _at(maps.rows), len(grads), _at(self.pooled)
+        self.job = at(maps.rows), len(grads), at(self.pooled)
         self.working = working
         homes = len(maps.first) - 1
         self.bounds: list[int] = integers(survey.bounds, homes + 1).tolist()
@@ -361,10 +365,10 @@ def _run(
     """
     stop, offsets = 0, []
     for sizes in scratch:
-        at, stop = lay(sizes, stop)
-        offsets.append(at)
+        places, stop = lay(sizes, stop)
+        offsets.append(places)
     row = pack(kind(0, *job, *offsets))
-    threads.run(kernel, tags, _at(row), tasks, stop, work, arena)
+    threads.run(kernel, tags, at(row), tasks, stop, work, arena)
     return row
 
 
@@ -378,27 +382,13 @@ def _survey(
 ) -> tuple[Survey, int]:
     """Put the RoIs in order; and how many cannot be pooled."""
     tag, n = _WORK[rois.dtype], len(rois)
-    problem, _constants_of_it = _pose(rois, levels, maps, pooling)
+    problem, constants = pose(rois, levels, maps, pooling)
     homes, rows = len(maps.first) - 1, maps.first[-1]
     keys, order, spans = arena.take(8 * n), arena.take(8 * n), arena.take(8 * homes)
     bounds, counts = arena.take(8 * (homes + 1)), arena.take(8 * rows)
-    lost = tables.survey(tag, problem, n, keys, _at(maps.first), homes, spans, counts)
-    done = tables.sort(n, keys, _at(maps.first), homes, counts, order, bounds)
+    lost = tables.survey(tag, problem, n, keys, at(maps.first), homes, spans, counts)
+    done = tables.sort(n, keys, at(maps.first), homes, counts, order, bounds)
     return Survey(problem, tag, order, done, keys, spans, bounds, (rois, levels, maps, constants)), lost
-
-
-def _pose(rois: Tensor, levels: Tensor | None, maps: Maps, pooling: Pooling) -> tuple[tables.Problem, object]:
-    """What the kernels are told of the RoIs, and what owns the constants in it."""
-    constants = scales, thresholds, serving = _constants(
-        tuple(pooling.scales), tuple(pooling.thresholds), tuple(pooling.order), rois.dtype
-    )
-    height, width = pooling.output_size
-    problem = tables.Problem(
-        rois.data_ptr(), 0 if levels is None else levels.data_ptr(), len(maps.mine), maps.images,
-        _at(maps.rows), _at(scales), _at(thresholds), _at(serving), len(thresholds), height, width,
-        pooling.sampling_ratio, pooling.aligned,
-    )  # fmt: skip
-    return problem, constants
 
 
 def _fill(survey: Survey, lo: int, stop: int, maps: Maps, room: int, arena: Arena) -> Tables:
@@ -434,67 +424,9 @@ def _turn(axis: tables.AxisAt, t: Tables, bins: int, working: torch.dtype, arena
     return turned
 
 
-def _kind(feature: Tensor, out: Tensor) -> tuple[torch.dtype, str]:
-    """What a map is read as, and in which way."""
-    return feature.dtype, _way(feature, out)
-
-
-def _way(feature: Tensor, out: Tensor) -> str:
-    import os
-
-    if os.environ.get("WAY"):
-        return {"d": DIRECT, "p": PACKED, "l": PLANES}[os.environ["WAY"]]
-    if feature.stride(1) == out.stride(1) == 1 and out.shape[1] >= int(direct_kernel.WIDE):
-        return DIRECT
-    return PLANES if out.shape[1] < LANES or out.shape[0] < 8 else PACKED
-
-
 def _backward_way(grad: Tensor) -> str:
     import os
 
     if os.environ.get("WAY"):
         return {"d": PACKED, "p": PACKED, "l": PLANES}[os.environ["WAY"]]
     return PLANES if grad.shape[1] < LANES or grad.shape[0] < 8 else PACKED
-
-
-def _describe_maps(features: Sequence[Tensor], mine: list[bool]) -> Maps:
-    """The maps, of which those count that are `mine`."""
-    rows = array("q")
-    for f, m in zip(features, mine, strict=True):
-        rows.extend((*_describe(f), m))
-    images = features[0].shape[0]
-    heights, widths = ([f.shape[axis] for f in features] for axis in (2, 3))
-    first = array("q", itertools.accumulate(heights * images, initial=0))
-    return Maps(rows, first, images, heights, widths, mine)
-
-
-def _describe(t: Tensor) -> "array[int]":
-    """A row of numbers: see `tables.AT` and on."""
-    size = t.element_size()
-    image, channel, row, column = strides(t)
-    height, width = t.shape[2:]
-    return array("q", (t.data_ptr(), image * size, channel * size, row * size, column * size, height, width))
-
-
-def _in_one_run(grad: Tensor) -> Tensor:
-    """The gradient, with bins that lie one after the other and channels or bins without gaps."""
-    _, channel, row, column = strides(grad)
-    width = grad.shape[3]
-    step = row if width == 1 else column
-    if row == width * column and (step == 1 or channel == 1):
-        return grad
-    return grad.contiguous()  # an expanded gradient, as that of a sum
-
-
-def _at(numbers: "array[Any]") -> int:
-    """The address of an array."""
-    return numbers.buffer_info()[0]
-
-
-@functools.lru_cache(256)
-def _constants(
-    scales: tuple[float, ...], thresholds: tuple[float, ...], order: tuple[int, ...], dtype: torch.dtype
-) -> tuple["array[Any]", "array[Any]", "array[int]"]:
-    """Scales and thresholds in the working precision, and the order of the maps."""
-    code = "f" if dtype == torch.float32 else "d"
-    return array(code, scales), array(code, thresholds), array("q", order)

@@ -9,6 +9,7 @@ Of a row only *windows* of 16 numbers are read that hold a column which is touch
 tables of a RoI in memory of its own, right before it is pooled.
 """
 
+import functools
 from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from .jit import c_kernel, part
-from .jobs import scratch_in, unpack
+from .jobs import lay, scratch_in, unpack
 from .lanes import REPLACE, combine, copy_run, spread, zero_cells, zero_run
 from .simd import LANES, fetch_add, get, load_one, put, size_of, store_one, transpose8
 from .tables import (
@@ -83,7 +84,7 @@ class Room(NamedTuple):
 
 
 def sizes(
-    y_taps: int, x_taps: int, heights: Sequence[int], widths: Sequence[int], bins_y: int, bins_x: int,
+    y_taps: int, x_taps: int, height: int, width: int, bins_y: int, bins_x: int,
     inner: int, number: int, band: int,
 ) -> Room:  # fmt: skip
     """Bytes that a thread needs.
@@ -91,15 +92,14 @@ def sizes(
     Args:
         y_taps: the most that a RoI has.
         x_taps: likewise.
-        heights: rows of the maps.
-        widths: columns of the maps.
+        height: the most rows of a map.
+        width: the most columns of a map.
         bins_y: rows of bins.
         bins_x: columns of bins.
         inner: the most channels that lie side by side in a row.
         number: bytes of a number.
         band: numbers of the rows of a gradient map that are summed at once.
     """
-    height, width = max(heights), max(widths)
     whole = -(-inner // LANES) * LANES
     line, blocks = width * inner + 3 * whole, int(AT_ONCE)
     entry, bins = LANES * number, bins_x * inner
@@ -113,6 +113,14 @@ def sizes(
     )  # fmt: skip
 
 
+@functools.lru_cache(256)
+def lay_room(*args: int) -> tuple[Room, int]:
+    """Where in a thread's memory all of `sizes` lies, and the size of it."""
+    room: tuple[Room, int] = lay(sizes(*args))
+    return room
+
+
+@functools.lru_cache(256)
 def share(rois: int, channels: int, bins_y: int, bins_x: int, threads: int) -> tuple[int, int, int]:
     """About how many numbers are read, how many RoIs a task has, and in how many pieces one is cut."""
     work = rois * channels * bins_y * (4 * bins_x + 64)
