@@ -28,7 +28,7 @@ def warm(tmp_path_factory):
     """A folder of compiled kernels: those of `forward`."""
     folder = tmp_path_factory.mktemp("warm")
     run("assert_right()", NUMBA_CACHE_DIR=str(folder))
-    assert len(list(folder.rglob("*.nbc"))) == 8
+    assert len(list(folder.rglob("*.nbc"))) == 7
     return folder
 
 
