@@ -115,10 +115,6 @@ def _ways(
 
 
 def _way(channels: int, innermost: bool, rois: int) -> str:
-    import os
-
-    if os.environ.get("WAY"):
-        return {"d": DIRECT, "p": PACKED, "l": PLANES}[os.environ["WAY"]]
     if innermost and channels >= int(direct_kernel.WIDE):
         return DIRECT
     return PLANES if channels < LANES or rois < 8 else PACKED
@@ -202,7 +198,7 @@ def backward(
     for dtype in dict.fromkeys(g.dtype for g in grads):
         maps = describe_maps(grads, layouts, tuple(g.dtype == dtype for g in grads))
         survey, _lost = _survey(rois, levels, maps, pooling, arena)
-        if _backward_way(grad) is PLANES:
+        if _backward_way(grad.shape[1], len(rois)) is PLANES:
             _backward_planes(grads, grad, maps, survey, len(rois), pooling, dtype, rois.dtype, arena)
         else:
             _Backward(grads, grad, maps, survey, dtype, rois.dtype, arena).run()
@@ -424,9 +420,5 @@ def _turn(axis: tables.AxisAt, t: Tables, bins: int, working: torch.dtype, arena
     return turned
 
 
-def _backward_way(grad: Tensor) -> str:
-    import os
-
-    if os.environ.get("WAY"):
-        return {"d": PACKED, "p": PACKED, "l": PLANES}[os.environ["WAY"]]
-    return PLANES if grad.shape[1] < LANES or grad.shape[0] < 8 else PACKED
+def _backward_way(channels: int, rois: int) -> str:
+    return PLANES if channels < LANES or rois < 8 else PACKED

@@ -20,7 +20,7 @@ from torch import Tensor
 from .jit import c_kernel, part
 from .jobs import lay, scratch_in, unpack
 from .lanes import REPLACE, combine, copy_run, spread, zero_cells, zero_run
-from .simd import LANES, fetch_add, get, load_one, put, size_of, store_one, transpose8
+from .simd import LANES, fetch_add, fma_one, get, load_one, put, size_of, store_one, transpose8
 from .tables import (
     AT,
     CHANNEL_STEP,
@@ -264,13 +264,13 @@ def pool(src_tag, src, m, tag, out_tag, out, k, channels, inner, ys, xs, i, firs
     for y in range(get(ys.touched, i)):
         put(room.rows, y, get(rows, y) * get(m, ROW_STEP))
     cells, touched = xs.cells + 8 * get(xs.base, i), get(xs.touched, i)
+    if channels < LANES and _are_few(ys, xs, i, height, width):
+        _pool_cells(src_tag, src, m, tag, out_tag, out, k, side, ys, xs, i, first, stop, room)
+        return
     if inner:
         windows = _lay_windows(cells, touched, inner, get(m, WIDTH) * inner, tag, size_of(src_tag), room)
     else:
         windows = _lay_columns(cells, touched, get(m, COLUMN_STEP), tag, room)
-    if _are_few(ys, xs, i, height, width, windows):
-        _pool_cells(src_tag, src, m, tag, out_tag, out, k, side, ys, xs, i, first, stop, room)
-        return
     _lay_bins(tag, width, side, windows, room)
     entry = LANES * size_of(tag)
     base = get(xs.base, i)
@@ -374,7 +374,7 @@ def _sum_columns_one_by_one(src_tag, plane, tag, start, taps, weights, p0, p1, t
             at = plane + get(room.windows, c)
             for t in range(get(start, p), get(start, p + 1)):
                 weight = load_one(tag, weights + t * size)
-                total += weight * load_one(src_tag, at + get(room.rows, get(taps, t)))
+                total = fma_one(weight, load_one(src_tag, at + get(room.rows, get(taps, t))), total)
             store_one(tag, to + c * size, total)
 
 
@@ -432,15 +432,19 @@ def _list_cells(tag, ys, xs, i, height, width, room):
 
 
 @part
-def _are_few(ys, xs, i, height, width, windows):
+def _are_few(ys, xs, i, height, width):
     """Whether all taps of a RoI, along y times along x, are less work than windows and blocks.
 
-    Measured: a tap of a cell takes as long as two of a window; to turn a window around, as ten.
+    Measured: a tap of a cell takes as long as two of a window; to turn a window around, as ten. The answer
+    hangs on the RoI alone, not on strides, so that these change no bit.
     """
-    y_taps = get(ys.start, i * (height + 1) + height)
+    y_taps, touched = get(ys.start, i * (height + 1) + height), get(xs.touched, i)
     taps = y_taps * get(xs.start, i * (width + 1) + width)
-    blocks = windows * (y_taps + 10 * height) + 3 * width * height
-    return taps <= FEW and height * width <= FEW and 2 * taps <= blocks
+    if taps == 0 or taps > FEW or height * width > FEW:
+        return False
+    cells = xs.cells + 8 * get(xs.base, i)
+    windows = min(touched, (get(cells, touched - 1) - get(cells, 0)) // LANES + 1)
+    return 2 * taps <= windows * (y_taps + 10 * height) + 3 * width * height
 
 
 @part
@@ -558,7 +562,7 @@ def run_backward(job, memory, target, working, gradient):
             if p0 < p1:
                 fill_axis(tag, problem, k, ONE, level, problem.bins_x, xs, ZERO, room.place)
                 _add(
-                    grad_tag, grad, k, get(task, CHANNEL), planes, inner, p0, p1,
+                    grad_tag, grad, k, channels, get(task, CHANNEL), planes, inner, p0, p1,
                     tag, step // size_of(tag), (high - low) * step, ys, xs, room,
                 )  # fmt: skip
         for plane in range(planes):
@@ -599,14 +603,13 @@ def _rows_of_bins_inside(ys, bins, low, high, step, room):
 
 
 @part
-def _add(grad_tag, grad, k, c0, planes, inner, p0, p1, tag, length, plane_step, ys, xs, room):
+def _add(grad_tag, grad, k, channels, c0, planes, inner, p0, p1, tag, length, plane_step, ys, xs, room):
     """Add what RoI k gives to the band, from the rows of bins `p0:p1`."""
     entry, width = LANES * size_of(tag), get(grad, WIDTH)
-    windows = _lay_windows(xs.cells, get(xs.touched, 0), inner, length, tag, size_of(tag), room)
-    height = get(grad, HEIGHT)
-    if _are_few(ys, xs, ZERO, height, width, windows):
+    if channels < LANES and _are_few(ys, xs, ZERO, get(grad, HEIGHT), width):
         _add_cells(grad_tag, grad, k, c0, planes, inner, p0, p1, tag, plane_step, ys, xs, room)
         return
+    windows = _lay_windows(xs.cells, get(xs.touched, 0), inner, length, tag, size_of(tag), room)
     _lay_bins(tag, width, inner, windows, room)
     rows, run = p1 - p0, width * inner
     lines, cells = planes * rows, windows * LANES

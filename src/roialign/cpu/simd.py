@@ -157,6 +157,21 @@ def fma(typing: Any, weight: Any, value: Any, total: Any) -> Any:
 
 
 @intrinsic
+def fma_one(typing: Any, weight: Any, value: Any, total: Any) -> Any:
+    """The same of single numbers, with the same bits; `value` may be of another working precision."""
+    sig = total(total, value, total)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        weight, value, total_ = args
+        value = context.cast(builder, value, sig.args[1], total)
+        name = f"llvm.fmuladd.f{total.bitwidth}"
+        function = builder.module.declare_intrinsic(name, (), ir.FunctionType(total_.type, [total_.type] * 3))
+        return builder.call(function, [weight, value, total_])
+
+    return sig, codegen
+
+
+@intrinsic
 def load_one(typing: Any, tag: Any, address: Any) -> Any:
     """One number at an address, in the working precision."""
     sig = work_type(tag)(tag, types.intp)
