@@ -37,6 +37,7 @@ _ROOM_TURNED = 2**19  # and twice that where they are turned around too
 _KEPT = 16 * 2**20  # bytes of rings that are kept from some tables to the next
 _TASKS_PER_THREAD = 4
 DIRECT, PACKED, PLANES = "direct", "packed", "planes"
+FEW, FEW_INNERMOST, FEW_BACKWARD = 16, 128, 8  # RoIs, from where on sharing pays
 
 Array = NDArray[np.int64]
 
@@ -115,9 +116,15 @@ def _ways(
 
 
 def _way(channels: int, innermost: bool, rois: int) -> str:
+    """The way that takes least time, by the table "Three ways" of docs/performance.md.
+
+    What it costs to survey, sort and share pays for many RoIs of many channels. A result hangs on the
+    way only where that is direct, which the number of RoIs has no part in.
+    """
     if innermost and channels >= int(direct_kernel.WIDE):
         return DIRECT
-    return PLANES if channels < LANES or rois < 8 else PACKED
+    few = FEW_INNERMOST if innermost else FEW
+    return PLANES if channels < LANES or rois < few else PACKED
 
 
 def _forward_planes(
@@ -421,4 +428,5 @@ def _turn(axis: tables.AxisAt, t: Tables, bins: int, working: torch.dtype, arena
 
 
 def _backward_way(channels: int, rois: int) -> str:
-    return PLANES if channels < LANES or rois < 8 else PACKED
+    """Likewise, of the adjoint; sums have the same bits in both ways."""
+    return PLANES if channels < LANES or rois < FEW_BACKWARD else PACKED
