@@ -35,14 +35,13 @@ from .tables import (
     AxisAt,
 )
 
-# The columns of `groups`: its RoIs, the columns of the map they need, and rows kept (0: each RoI packs
-# its own cells).
+# The columns of `groups`: its RoIs, the columns of the map they need, and rows kept (0: nothing is packed).
 START, STOP, LEFT, SPAN, RING = np.arange(5)
 GROUP_COLUMNS = np.int64(5)
 
 PACK_CELLS = np.int64(2**17)  # most cells packed at once: 8 MB of float32, which a cache holds
 WORTH = 3.0  # how much dearer packing a cell for one RoI is than for a group; measured
-FEW = np.int64(8)  # RoIs of a group that shares nothing
+DENSE = 2.0  # how much dearer reading a touched cell in place is than packing any; measured
 TILE = np.int64(8)  # columns that are transposed at once
 SUM_ENTRIES = np.int64(2**12)  # row sums, and results, kept at once
 ANNOUNCED = np.int64(2**12)  # most bytes of a result that are asked for before it is written
@@ -56,7 +55,8 @@ def group(rois, homes, ys, xs, most, groups):
 
     A group packs the rows that it needs, all of its columns, if that is less work than for each RoI
     to read the cells that it touches. RoIs come in the order of their first row, so a ring of as
-    many rows as the tallest RoI has is enough.
+    many rows as the tallest RoI has is enough. Else each RoI is a group of its own, that packs if it touches
+    most of the cells between its first and its last.
     """
     n = start = most_cells = ZERO
     while start < rois:
@@ -65,32 +65,52 @@ def group(rois, homes, ys, xs, most, groups):
         ring = touched = ZERO
         stop = start
         while stop < rois and get(homes, stop) == home and stop - start < most:
-            rows, columns = get(ys.touched, stop), get(xs.touched, stop)
-            if rows and columns:
-                at = ys.cells + 8 * get(ys.base, stop)
-                first, last = get(at, 0), get(at, rows - 1)
-                top, bottom, ring = min(top, first), max(bottom, last), max(ring, last - first + 1)
-                at = xs.cells + 8 * get(xs.base, stop)
-                first, last = get(at, 0), get(at, columns - 1)
+            first_row, last_row, first, last = _extent(ys, xs, stop)
+            if last >= 0:
+                top, bottom, ring = (
+                    min(top, first_row),
+                    max(bottom, last_row),
+                    max(ring, last_row - first_row + 1),
+                )
                 left, right = min(left, first), max(right, last)
-                touched += rows * max(TILE, last - first + 1)
+                touched += get(ys.touched, stop) * max(TILE, last - first + 1)
             stop += 1
         span = right - left + 1 if right >= 0 else ZERO
-        if (bottom - top + 1) * span > WORTH * touched or ring * span > PACK_CELLS or ring == 0:
-            size, ring = FEW, ZERO
+        if 0 < ring * span <= PACK_CELLS and (bottom - top + 1) * span <= WORTH * touched:
+            n = _put_group(groups, n, start, stop, left, span, ring)
+            most_cells = max(most_cells, ring * span)
         else:
-            size = stop - start
-        most_cells = max(most_cells, ring * span)
-        while start < stop:
-            group = groups + 8 * n * GROUP_COLUMNS
-            put(group, START, start)
-            put(group, STOP, min(start + size, stop))
-            put(group, LEFT, left)
-            put(group, SPAN, span)
-            put(group, RING, ring)
-            n += 1
-            start = get(group, STOP)
+            for i in range(start, stop):
+                first_row, last_row, first, last = _extent(ys, xs, i)
+                span = min(max(last - first + 1, TILE), last + 1)
+                ring = last_row - first_row + 1
+                if ring * span > min(DENSE * get(ys.touched, i) * get(xs.touched, i), PACK_CELLS):
+                    ring = ZERO
+                n = _put_group(groups, n, i, i + 1, last + 1 - span, span, ring)
+                most_cells = max(most_cells, ring * span)
+        start = stop
     return n, most_cells
+
+
+@part
+def _extent(ys, xs, i):
+    """First and last row and column of the map that RoI i touches; the last are -1 if it touches none."""
+    rows, columns = get(ys.touched, i), get(xs.touched, i)
+    if rows == 0 or columns == 0:
+        return ZERO, -ONE, ZERO, -ONE
+    y, x = ys.cells + 8 * get(ys.base, i), xs.cells + 8 * get(xs.base, i)
+    return get(y, 0), get(y, rows - 1), get(x, 0), get(x, columns - 1)
+
+
+@part
+def _put_group(groups, n, start, stop, left, span, ring):
+    group = groups + 8 * n * GROUP_COLUMNS
+    put(group, START, start)
+    put(group, STOP, stop)
+    put(group, LEFT, left)
+    put(group, SPAN, span)
+    put(group, RING, ring)
+    return n + 1
 
 
 class Job(NamedTuple):
