@@ -146,19 +146,18 @@ def run(job, memory, source, working, result):
         m = maps + 8 * (home % levels) * MAP_COLUMNS
         image = get(m, AT) + home // levels * get(m, IMAGE_STEP)
         src = image + c0 * get(m, CHANNEL_STEP)
-        shared = get(group, RING) > 0
         straight = get(m, CHANNEL_STEP) == size_of(src_tag)
         ready = -ONE
         for i in range(get(group, START), get(group, STOP)):
             k = get(order, i)
-            if shared:
+            if straight:
+                _place_in_map(m, scratch, ys, xs, i)
+                _pool(src_tag, src, tag, out_tag, out, scratch, ys, xs, i, k, c0)
+            elif get(group, RING):
                 if get(xs.touched, i):
                     ready = _pack_rows(src_tag, src, m, tag, scratch, group, ys, i, ready)
                 _place_in_ring(tag, scratch, group, ys, xs, i)
                 _pool(tag, scratch.cells, tag, out_tag, out, scratch, ys, xs, i, k, c0)
-            elif straight:
-                _place_in_map(m, scratch, ys, xs, i)
-                _pool(src_tag, src, tag, out_tag, out, scratch, ys, xs, i, k, c0)
             else:
                 lines = get(out, HEIGHT)
                 planes.pool(
