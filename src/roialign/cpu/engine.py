@@ -186,7 +186,7 @@ def _forward_packed(
     number, cells = forward_kernel.group(t.number, t.homes, t.ys, t.xs, most, groups)
     entries = forward_kernel.entries(cells, t.columns, out.shape[3])
     line, work = max(t.rows, t.columns, *out.shape[2:]) + 1, t.taps * out.shape[1]
-    job = (*job, groups, number, *rest)
+    job = (0, *job, groups, number, *rest)
     scratch = _scratch(line, entries, tags)
     room = planes.sizes(0, 0, t.rows, t.longest, *out.shape[2:], 1, tags[1].itemsize, 0)
     _run(forward_kernel.run, forward_kernel.Job, tags, job, [scratch, room], number * blocks, work, arena)

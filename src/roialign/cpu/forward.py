@@ -20,6 +20,7 @@ from .lanes import (
     from_block,
     to_block,
 )
+from .machine import add
 from .simd import LANES, fetch_add, get, prefetch_write, put, size_of
 from .tables import (
     AT,
@@ -117,6 +118,7 @@ class Job(NamedTuple):
     """What `run` is told: numbers, and addresses of arrays."""
 
     taken: Any  # tasks, so far
+    packed: Any  # cells of 16 channels, in the end; so that this can be looked at
     maps: Any  # (levels, MAP_COLUMNS)
     levels: Any
     out: Any  # how it lies in memory
@@ -134,7 +136,9 @@ class Job(NamedTuple):
 @c_kernel
 def run(job, memory, source, working, result):
     """Take tasks until none is left. A task is a group of RoIs and 16 channels."""
-    _, maps, levels, out, groups, n_groups, order, homes, ys, xs, channels, offsets, more = unpack(Job, job)
+    _, _, maps, levels, out, groups, n_groups, order, homes, ys, xs, channels, offsets, more = unpack(
+        Job, job
+    )
     src_tag, tag, out_tag, counter = source(0), working(0), result(0), job
     scratch, room = scratch_in(offsets, memory), scratch_in(more, memory)
     tasks = n_groups * ((channels + LANES - 1) // LANES)
@@ -147,7 +151,7 @@ def run(job, memory, source, working, result):
         image = get(m, AT) + home // levels * get(m, IMAGE_STEP)
         src = image + c0 * get(m, CHANNEL_STEP)
         straight = get(m, CHANNEL_STEP) == size_of(src_tag)
-        ready = -ONE
+        ready, packed = -ONE, ZERO
         for i in range(get(group, START), get(group, STOP)):
             k = get(order, i)
             if straight:
@@ -155,7 +159,8 @@ def run(job, memory, source, working, result):
                 _pool(src_tag, src, tag, out_tag, out, scratch, ys, xs, i, k, c0)
             elif get(group, RING):
                 if get(xs.touched, i):
-                    ready = _pack_rows(src_tag, src, m, tag, scratch, group, ys, i, ready)
+                    ready, cells = _pack_rows(src_tag, src, m, tag, scratch, group, ys, i, ready)
+                    packed += cells
                 _place_in_ring(tag, scratch, group, ys, xs, i)
                 _pool(tag, scratch.cells, tag, out_tag, out, scratch, ys, xs, i, k, c0)
             else:
@@ -164,6 +169,7 @@ def run(job, memory, source, working, result):
                     src_tag, image, m, tag, out_tag, out, k, channels, planes.side_by_side(src_tag, m, ONE),
                     ys, xs, i, c0 * lines, (c0 + LANES) * lines, room,
                 )  # fmt: skip
+        add(job + 8, packed)
         task = fetch_add(counter)
 
 
@@ -191,10 +197,13 @@ def _announce(out, k, c0):
 
 @part
 def _pack_rows(src_tag, src, m, tag, scratch, group, ys, i, ready):
-    """Bring the rows that RoI i needs into the ring, unless they are; returns the last that is."""
-    rows = get(ys.touched, i)
+    """Bring the rows that RoI i needs into the ring, unless they are.
+
+    Returns the last row that is, and how many cells were packed.
+    """
+    rows, packed = get(ys.touched, i), ZERO
     if rows == 0:
-        return ready
+        return ready, packed
     cells = ys.cells + 8 * get(ys.base, i)
     last = get(cells, rows - 1)
     ring, left, span = get(group, RING), get(group, LEFT), get(group, SPAN)
@@ -202,7 +211,8 @@ def _pack_rows(src_tag, src, m, tag, scratch, group, ys, i, ready):
         from_ = src + row * get(m, ROW_STEP) + left * get(m, COLUMN_STEP)
         to = scratch.cells + row % ring * span * LANES * size_of(tag)
         to_block(src_tag, from_, get(m, COLUMN_STEP), get(m, CHANNEL_STEP), tag, to, span, LANES, AHEAD)
-    return max(ready, last)
+        packed += span
+    return max(ready, last), packed
 
 
 @part
