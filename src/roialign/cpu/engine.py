@@ -83,7 +83,7 @@ def forward(
         maps = describe_maps(features, layouts, mine)
         tags = _TAG[dtype], _WORK[rois.dtype], _TAG[out.dtype]
         if way is PLANES:
-            lost |= _forward_planes(out, maps, rois, levels, pooling, tags, arena)
+            lost |= _forward_planes(out, maps, rois, levels, pooling, tags, arena, 0, len(rois))
             continue
         for lo in range(0, len(rois), _SLAB):
             part = slice(lo, lo + _SLAB)
@@ -129,20 +129,22 @@ def _way(channels: int, innermost: bool, rois: int) -> str:
 
 def _forward_planes(
     out: Tensor, maps: Maps, rois: Tensor, levels: Tensor | None, pooling: Pooling,
-    tags: tuple[Any, ...], arena: Arena,
+    tags: tuple[Any, ...], arena: Arena, order: int, n: int,
 ) -> bool:  # fmt: skip
-    """Have every RoI laid, read and summed by one thread, or a large one by several."""
-    n, channels, height, width = out.shape
+    """Have every RoI laid, read and summed by one thread, or a large one by several.
+
+    The RoIs are the n listed at `order`, or if that is 0 the first n. Returns whether one cannot be pooled.
+    """
+    _, channels, height, width = out.shape
     problem, _constants = pose(rois, levels, maps, pooling)
-    taps = _most_taps(problem, tags[1], n, pooling)
+    taps = _most_taps(problem, tags[1], len(rois), pooling)
     room, size = planes.lay_room(
         *taps, max(maps.heights), max(maps.widths), height, width, maps.inner, rois.itemsize, 0
     )
     work, at_once, pieces = planes.share(n, channels, height, width, torch.get_num_threads())
     pooled = describe(out)
-    row = array(
-        "q", (0, 0, *problem, at(pooled), channels, n, at_once, pieces, maps.longest, *room)
-    )  # a `planes.Job`
+    job = 0, 0, *problem, at(pooled), channels, n, order, at_once, pieces, maps.longest, *room
+    row = array("q", job)  # a `planes.Job`, laid without `pack` to save time
     threads.run(planes.run, tags, at(row), -(-n // at_once) * pieces, size, work, arena)
     return row[1] > 0
 
@@ -160,7 +162,12 @@ def _forward(
         t = _fill(survey, lo, survey.done, maps, _ROOM, arena)
         job = at(maps.rows), len(maps.mine), at(pooled)
         rest = (survey.order + 8 * lo, t.homes, t.ys, t.xs, out.shape[1])
-        (_forward_in_place if way is DIRECT else _forward_packed)(tags, job, rest, t, out, arena)
+        if way is DIRECT:
+            _forward_in_place(tags, job, rest, t, out, arena)
+        else:
+            others, n = _forward_packed(tags, job, rest, t, out, arena)
+            if n:
+                _forward_planes(out, maps, rois, levels, pooling, tags, arena, others, n)
         arena.rewind(base)
         lo += t.number
     return lost > 0
@@ -179,17 +186,22 @@ def _forward_in_place(
 
 def _forward_packed(
     tags: tuple[Any, ...], job: tuple[Any, ...], rest: tuple[Any, ...], t: Tables, out: Tensor, arena: Arena
-) -> None:
+) -> tuple[int, int]:
+    """Pool those RoIs that share cells, or are dense. Returns which and how many others there are."""
     blocks = math.ceil(out.shape[1] / LANES)
     most = max(64, t.number * blocks // (_TASKS_PER_THREAD * torch.get_num_threads()))
     groups = arena.take(8 * t.number * int(forward_kernel.GROUP_COLUMNS))
-    number, cells = forward_kernel.group(t.number, t.homes, t.ys, t.xs, most, groups)
+    others = arena.take(8 * t.number)
+    number, cells, left_out = forward_kernel.group(
+        t.number, rest[0], t.homes, t.ys, t.xs, most, groups, others
+    )
     entries = forward_kernel.entries(cells, t.columns, out.shape[3])
     line, work = max(t.rows, t.columns, *out.shape[2:]) + 1, t.taps * out.shape[1]
     job = (0, *job, groups, number, *rest)
     scratch = _scratch(line, entries, tags)
-    room = planes.sizes(0, 0, t.rows, t.longest, *out.shape[2:], 1, tags[1].itemsize, 0)
-    _run(forward_kernel.run, forward_kernel.Job, tags, job, [scratch, room], number * blocks, work, arena)
+    if number:
+        _run(forward_kernel.run, forward_kernel.Job, tags, job, [scratch], number * blocks, work, arena)
+    return others, left_out
 
 
 def backward(

@@ -1,15 +1,13 @@
 """Forward of many channels, 16 at a time: RoIs that read the same cells share them.
 
 RoIs of one map that lie close are a group: the rows that it needs are packed into scratch, in blocks of 16
-channels, each row once, and pooled there. A RoI that shares nothing is read in place: 16 channels at a time
-where they lie innermost, else as in `planes.py`.
+channels, each row once, and pooled there. Where channels lie innermost cells are read in place, 16 at a time.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import planes
 from .jit import c_kernel, kernel, part
 from .jobs import scratch_in, unpack
 from .lanes import (
@@ -36,7 +34,7 @@ from .tables import (
     AxisAt,
 )
 
-# The columns of `groups`: its RoIs, the columns of the map they need, and rows kept (0: nothing is packed).
+# The columns of `groups`: its RoIs, the columns of the map they need, and rows that are kept.
 START, STOP, LEFT, SPAN, RING = np.arange(5)
 GROUP_COLUMNS = np.int64(5)
 
@@ -49,17 +47,17 @@ ANNOUNCED = np.int64(2**12)  # most bytes of a result that are asked for before 
 
 
 @kernel
-def group(rois, homes, ys, xs, most, groups):
+def group(rois, order, homes, ys, xs, most, groups, others):
     """Cut the ordered RoIs into groups, of at most `most`, that read one map alike.
 
-    Returns how many, and the most cells that one packs.
+    Returns how many, the most cells that one packs, and how many RoIs are in none: `others` lists these.
 
     A group packs the rows that it needs, all of its columns, if that is less work than for each RoI
     to read the cells that it touches. RoIs come in the order of their first row, so a ring of as
-    many rows as the tallest RoI has is enough. Else each RoI is a group of its own, that packs if it touches
-    most of the cells between its first and its last.
+    many rows as the tallest RoI has is enough. Else a RoI is a group of its own if it touches most of the
+    cells between its first and its last; in that of others too much would be packed for nothing.
     """
-    n = start = most_cells = ZERO
+    n = start = most_cells = left_out = ZERO
     while start < rois:
         home = get(homes, start)
         left, right, top, bottom = ONE << 40, -ONE, ONE << 40, -ONE
@@ -85,12 +83,14 @@ def group(rois, homes, ys, xs, most, groups):
                 first_row, last_row, first, last = _extent(ys, xs, i)
                 span = min(max(last - first + 1, TILE), last + 1)
                 ring = last_row - first_row + 1
-                if ring * span > min(DENSE * get(ys.touched, i) * get(xs.touched, i), PACK_CELLS):
-                    ring = ZERO
-                n = _put_group(groups, n, i, i + 1, last + 1 - span, span, ring)
-                most_cells = max(most_cells, ring * span)
+                if 0 < ring * span <= min(DENSE * get(ys.touched, i) * get(xs.touched, i), PACK_CELLS):
+                    n = _put_group(groups, n, i, i + 1, last + 1 - span, span, ring)
+                    most_cells = max(most_cells, ring * span)
+                else:
+                    put(others, left_out, get(order, i))
+                    left_out += 1
         start = stop
-    return n, most_cells
+    return n, most_cells, left_out
 
 
 @part
@@ -130,17 +130,14 @@ class Job(NamedTuple):
     xs: AxisAt
     channels: Any
     scratch: Scratch  # offsets
-    room: planes.Room  # likewise
 
 
 @c_kernel
 def run(job, memory, source, working, result):
     """Take tasks until none is left. A task is a group of RoIs and 16 channels."""
-    _, _, maps, levels, out, groups, n_groups, order, homes, ys, xs, channels, offsets, more = unpack(
-        Job, job
-    )
+    _, _, maps, levels, out, groups, n_groups, order, homes, ys, xs, channels, offsets = unpack(Job, job)
     src_tag, tag, out_tag, counter = source(0), working(0), result(0), job
-    scratch, room = scratch_in(offsets, memory), scratch_in(more, memory)
+    scratch = scratch_in(offsets, memory)
     tasks = n_groups * ((channels + LANES - 1) // LANES)
     task = fetch_add(counter)
     while task < tasks:
@@ -148,8 +145,7 @@ def run(job, memory, source, working, result):
         c0 = min(task // n_groups * LANES, channels - LANES)  # the last may overlap the one before
         home = get(homes, get(group, START))
         m = maps + 8 * (home % levels) * MAP_COLUMNS
-        image = get(m, AT) + home // levels * get(m, IMAGE_STEP)
-        src = image + c0 * get(m, CHANNEL_STEP)
+        src = get(m, AT) + home // levels * get(m, IMAGE_STEP) + c0 * get(m, CHANNEL_STEP)
         straight = get(m, CHANNEL_STEP) == size_of(src_tag)
         ready, packed = -ONE, ZERO
         for i in range(get(group, START), get(group, STOP)):
@@ -157,18 +153,12 @@ def run(job, memory, source, working, result):
             if straight:
                 _place_in_map(m, scratch, ys, xs, i)
                 _pool(src_tag, src, tag, out_tag, out, scratch, ys, xs, i, k, c0)
-            elif get(group, RING):
+            else:
                 if get(xs.touched, i):
                     ready, cells = _pack_rows(src_tag, src, m, tag, scratch, group, ys, i, ready)
                     packed += cells
                 _place_in_ring(tag, scratch, group, ys, xs, i)
                 _pool(tag, scratch.cells, tag, out_tag, out, scratch, ys, xs, i, k, c0)
-            else:
-                lines = get(out, HEIGHT)
-                planes.pool(
-                    src_tag, image, m, tag, out_tag, out, k, channels, planes.side_by_side(src_tag, m, ONE),
-                    ys, xs, i, c0 * lines, (c0 + LANES) * lines, room,
-                )  # fmt: skip
         add(job + 8, packed)
         task = fetch_add(counter)
 

@@ -202,7 +202,8 @@ class Job(NamedTuple):
     problem: Problem
     out: Any  # how it lies in memory
     channels: Any
-    rois: Any
+    rois: Any  # how many
+    order: Any  # (rois,) which; or 0: all
     at_once: Any  # RoIs of a task
     pieces: Any  # that a RoI is cut into
     longest: Any  # axis of a map
@@ -212,7 +213,7 @@ class Job(NamedTuple):
 @c_kernel
 def run(job, memory, source, working, result):
     """Take tasks until none is left. A task is some RoIs, or a piece of one."""
-    _, _, problem, out, channels, rois, at_once, pieces, longest, offsets = unpack(Job, job)
+    _, _, problem, out, channels, rois, order, at_once, pieces, longest, offsets = unpack(Job, job)
     src_tag, tag, out_tag, room = source(0), working(0), result(0), scratch_in(offsets, memory)
     for cell in range(longest):
         put(room.place, cell, -ONE)
@@ -221,7 +222,8 @@ def run(job, memory, source, working, result):
     task = fetch_add(job)
     while task < tasks:
         first, piece = task // pieces * at_once, task % pieces
-        for k in range(first, min(first + at_once, rois)):
+        for i in range(first, min(first + at_once, rois)):
+            k = get(order, i) if order else i
             home = home_of(tag, problem, k)
             level = home % problem.n_levels
             m = problem.maps + 8 * level * MAP_COLUMNS
