@@ -10,7 +10,7 @@ from roialign.testing import assert_within_budget
 
 pytest.importorskip("numba")
 
-from roialign.cpu import engine, forward, planes
+from roialign.cpu import engine, forward, planes_backward
 
 MAP = (40, 60)
 
@@ -119,8 +119,8 @@ def test_bands_of_a_gradient_change_no_bit(monkeypatch, rows):
     feature = torch.rand(2, 3, 90, 50)
     boxes = boxes_on(90, 50, 40, images=2)
     whole = pool_and_back(feature, boxes, 7, 2)[1]
-    monkeypatch.setattr(planes, "LEAST", 1)
-    monkeypatch.setattr(planes, "BAND", rows * 50)
+    monkeypatch.setattr(planes_backward, "LEAST", 1)
+    monkeypatch.setattr(planes_backward, "BAND", rows * 50)
     assert torch.equal(pool_and_back(feature, boxes, 7, 2)[1], whole)
 
 

@@ -9,7 +9,7 @@ import functools
 import math
 from array import array
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +20,16 @@ from ..schema import Pooling
 from . import backward as backward_kernel
 from . import direct as direct_kernel
 from . import forward as forward_kernel
-from . import planes, tables, threads
+from . import planes, planes_backward, threads
 from .jit import cache_folder as cache_folder
 from .jobs import lay, pack
 from .lanes import Scratch
+from .lines import lay_room
 from .maps import Layout, Maps, at, describe, describe_maps, in_one_run, layout, pose
 from .memory import Arena, integers
 from .memory import empty as empty
 from .simd import LANES, TAGS
+from .survey import Survey, Tables, fill_tables, most_taps, take_survey, turn_around
 
 _TAG = {getattr(torch, name): tag for name, tag in TAGS.items()}
 _WORK = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
@@ -40,33 +42,6 @@ DIRECT, PACKED, PLANES = "direct", "packed", "planes"
 FEW, FEW_INNERMOST, FEW_BACKWARD = 16, 128, 8  # RoIs, from where on sharing pays
 
 Array = NDArray[np.int64]
-
-
-class Survey(NamedTuple):
-    """All RoIs in order, and what is known of them before there are tables. Arrays are named by address."""
-
-    problem: tables.Problem
-    tag: Any  # a number of the working precision
-    order: int  # (K,) first those that are to be done
-    done: int  # how many are to be done
-    keys: int  # (K,) the first row of each RoI
-    spans: int  # (N * L,) the most rows that a RoI of a map spans
-    bounds: int  # (N * L + 1,) the first RoI of each map, in their order
-    owned: object
-
-
-class Tables(NamedTuple):
-    """The tables of some RoIs."""
-
-    ys: tables.AxisAt
-    xs: tables.AxisAt
-    homes: int  # address: the map of each RoI
-    number: int  # of RoIs
-    taps: int  # there is room for
-    rows: int  # the most that a RoI touches
-    columns: int
-    x_taps: int  # the most that a RoI has
-    longest: int  # cells along any axis of a map
 
 
 def forward(
@@ -137,8 +112,8 @@ def _forward_planes(
     """
     _, channels, height, width = out.shape
     problem, _constants = pose(rois, levels, maps, pooling)
-    taps = _most_taps(problem, tags[1], len(rois), pooling)
-    room, size = planes.lay_room(
+    taps = most_taps(problem, tags[1], len(rois), pooling)
+    room, size = lay_room(
         *taps, max(maps.heights), max(maps.widths), height, width, maps.inner, rois.itemsize, 0
     )
     work, at_once, pieces = planes.share(n, channels, height, width, torch.get_num_threads())
@@ -146,20 +121,20 @@ def _forward_planes(
     job = 0, 0, *problem, at(pooled), channels, n, order, at_once, pieces, maps.longest, *room
     row = array("q", job)  # a `planes.Job`, laid without `pack` to save time
     threads.run(planes.run, tags, at(row), -(-n // at_once) * pieces, size, work, arena)
-    return row[1] > 0
+    return bool(row[1])
 
 
 def _forward(
     out: Tensor, maps: Maps, rois: Tensor, levels: Tensor | None, pooling: Pooling,
     tags: tuple[Any, ...], way: str, arena: Arena,
 ) -> bool:  # fmt: skip
-    survey, lost = _survey(rois, levels, maps, pooling, arena)
+    survey, lost = take_survey(rois, levels, maps, pooling, tags[1], arena)
     if lost:
         out[torch.from_numpy(integers(survey.keys, len(rois)) == -1)] = torch.nan
     pooled = describe(out)
     base, lo = arena.mark(), 0
     while lo < survey.done:
-        t = _fill(survey, lo, survey.done, maps, _ROOM, arena)
+        t = fill_tables(survey, lo, min(survey.done, lo + _SLAB), maps, _ROOM, arena)
         job = at(maps.rows), len(maps.mine), at(pooled)
         rest = (survey.order + 8 * lo, t.homes, t.ys, t.xs, out.shape[1])
         if way is DIRECT:
@@ -216,53 +191,41 @@ def backward(
     layouts = tuple(layout(g) for g in grads)
     for dtype in dict.fromkeys(g.dtype for g in grads):
         maps = describe_maps(grads, layouts, tuple(g.dtype == dtype for g in grads))
-        survey, _lost = _survey(rois, levels, maps, pooling, arena)
+        tags = _TAG[dtype], _WORK[rois.dtype], _TAG[grad.dtype]
+        survey, _lost = take_survey(rois, levels, maps, pooling, tags[1], arena)
         if _backward_way(grad.shape[1], len(rois)) is PLANES:
-            _backward_planes(grads, grad, maps, survey, len(rois), pooling, dtype, rois.dtype, arena)
+            _backward_planes(grads, grad, maps, survey, pooling, tags, arena)
         else:
-            _Backward(grads, grad, maps, survey, dtype, rois.dtype, arena).run()
+            _Backward(grads, grad, maps, survey, tags, arena).run()
         arena.rewind(start)
     arena.give_back()
 
 
+def _backward_way(channels: int, rois: int) -> str:
+    """Likewise, of the adjoint; sums have the same bits in both ways."""
+    return PLANES if channels < LANES or rois < FEW_BACKWARD else PACKED
+
+
 def _backward_planes(
-    grads: Sequence[Tensor],
-    grad: Tensor,
-    maps: Maps,
-    survey: Survey,
-    n: int,
-    pooling: Pooling,
-    dtype: torch.dtype,
-    working: torch.dtype,
-    arena: Arena,
-) -> None:
-    tags, channels = (_TAG[dtype], _WORK[working], _TAG[grad.dtype]), grad.shape[1]
+    grads: Sequence[Tensor], grad: Tensor, maps: Maps, survey: Survey, pooling: Pooling,
+    tags: tuple[Any, ...], arena: Arena,
+) -> None:  # fmt: skip
+    """Have every band of a map summed by one thread, from all RoIs that reach into it."""
+    n, channels, height, width = grad.shape
     bounds = integers(survey.bounds, len(maps.first)).tolist()
-    tasks, band = planes.cut(grads, maps.mine, bounds, channels, _TASKS_PER_THREAD * torch.get_num_threads())
-    taps = _most_taps(survey.problem, tags[1], n, pooling)
-    room, size = planes.lay_room(
-        *taps, max(maps.heights), max(maps.widths), *pooling.output_size, maps.inner, working.itemsize, band
+    wanted = _TASKS_PER_THREAD * torch.get_num_threads()
+    tasks, band = planes_backward.cut(grads, maps.mine, bounds, channels, height * width, wanted)
+    taps = most_taps(survey.problem, tags[1], n, pooling)
+    room, size = lay_room(
+        *taps, max(maps.heights), max(maps.widths), height, width, maps.inner, tags[1].itemsize, band
     )
     pooled = describe(grad)
-    n_tasks = len(tasks) // int(planes.TASK_COLUMNS)
-    row = array(
-        "q",
-        (
-            0, *survey.problem, at(pooled), channels, at(tasks), n_tasks,
-            survey.keys, survey.order, at(maps.first), survey.spans, maps.longest, *room,
-        ),
-    )  # a `planes.BackwardJob`  # fmt: skip
+    n_tasks = len(tasks) // int(planes_backward.TASK_COLUMNS)
+    order = survey.keys, survey.order, at(maps.first), survey.spans
+    job = 0, *survey.problem, at(pooled), channels, at(tasks), n_tasks, *order, maps.longest, *room
+    row = array("q", job)  # a `planes_backward.Job`, laid without `pack` to save time
     work = grad.numel() * 16 + sum(g.numel() for g in grads)
-    threads.run(planes.run_backward, tags, at(row), n_tasks, size, work, arena)
-
-
-def _most_taps(problem: tables.Problem, tag: Any, n: int, pooling: Pooling) -> tuple[int, int]:
-    """Room for the most taps that a RoI has along y and x."""
-    if pooling.sampling_ratio == 0:
-        y_taps, x_taps = tables.most_taps(tag, problem, n)
-        return y_taps, x_taps
-    y_bins, x_bins = pooling.output_size
-    return 2 * pooling.sampling_ratio * y_bins, 2 * pooling.sampling_ratio * x_bins
+    threads.run(planes_backward.run, tags, at(row), n_tasks, size, work, arena)
 
 
 class _Backward:
@@ -274,15 +237,13 @@ class _Backward:
         grad: Tensor,
         maps: Maps,
         survey: Survey,
-        dtype: torch.dtype,
-        working: torch.dtype,
+        tags: tuple[Any, ...],
         arena: Arena,
     ) -> None:
         self.maps, self.survey, self.grad, self.arena = maps, survey, grad, arena
         self.pooled = describe(grad)
-        self.tags = _TAG[dtype], _WORK[working], _TAG[grad.dtype]
+        self.tags = tags
         self.job = at(maps.rows), len(grads), at(self.pooled)
-        self.working = working
         homes = len(maps.first) - 1
         self.bounds: list[int] = integers(survey.bounds, homes + 1).tolist()
         self.spans: list[int] = integers(survey.spans, homes).tolist()
@@ -295,7 +256,7 @@ class _Backward:
         home, homes, base = 0, len(self.spans), self.arena.mark()
         while home < homes:
             lo = self.bounds[home]
-            t = _fill(self.survey, lo, self.survey.done, self.maps, _ROOM_TURNED, self.arena)
+            t = self.fill(lo, self.survey.done)
             stop = bisect.bisect_right(self.bounds, lo + t.number) - 1
             if stop > home:
                 tasks = self.cut(home, stop)
@@ -312,20 +273,24 @@ class _Backward:
         tasks, base = self.cut(home, home + 1), self.arena.mark()
         entries = self.entries(tasks)
         size = int(tasks[0, backward_kernel.RING] * tasks[0, backward_kernel.SPAN])
-        size *= LANES * self.working.itemsize
+        size *= LANES * self.tags[1].itemsize
         at_once = max(1, _KEPT // size)
         for first in range(0, len(tasks), at_once):
             some = tasks[first : first + at_once]
             some[:, backward_kernel.KEPT] = [self.arena.take(size) for _ in some]
             rings, lo, stop = self.arena.mark(), self.bounds[home], self.bounds[home + 1]
             while lo < stop:
-                t = _fill(self.survey, lo, stop, self.maps, _ROOM_TURNED, self.arena)
+                t = self.fill(lo, stop)
                 some[:, backward_kernel.START], some[:, backward_kernel.STOP] = 0, t.number
                 some[:, backward_kernel.ENDS] = lo + t.number == stop
                 self.run_tasks(some, entries, lo, t)
                 self.arena.rewind(rings)
                 lo += t.number
             self.arena.rewind(base)
+
+    def fill(self, lo: int, stop: int) -> Tables:
+        """Tables of the RoIs from `lo` on, as many as there is room for."""
+        return fill_tables(self.survey, lo, min(stop, lo + _SLAB), self.maps, _ROOM_TURNED, self.arena)
 
     def cut(self, home: int, stop: int) -> Array:
         """Tasks for some maps."""
@@ -341,8 +306,8 @@ class _Backward:
     def run_tasks(self, tasks: Array, entries: tuple[int, int, int], lo: int, t: Tables) -> None:
         """Run tasks whose RoIs have tables from RoI `lo` on."""
         channels, height, width = self.grad.shape[1:]
-        ys = _turn(t.ys, t, height, self.working, self.arena)
-        xs = _turn(t.xs, t, width, self.working, self.arena)
+        ys = turn_around(t.ys, t, height, self.tags[1], self.arena)
+        xs = turn_around(t.xs, t, width, self.tags[1], self.arena)
         job = (*self.job, tasks.ctypes.data, len(tasks), self.survey.order + 8 * lo, ys, xs, channels)
         cells = sum(h * w for h, w in zip(self.maps.heights, self.maps.widths, strict=True))
         work, line = (t.taps + cells * self.maps.images) * channels, max(t.rows, t.columns, height, width) + 1
@@ -390,55 +355,3 @@ def _run(
 def _scratch(line: int, entries: Sequence[int], tags: tuple[Any, ...]) -> Scratch:
     """Sizes of lists of offsets, and of what has entries of 16 numbers."""
     return Scratch(*(8 * line,) * 6, *(n * LANES * tags[1].itemsize for n in entries))
-
-
-def _survey(
-    rois: Tensor, levels: Tensor | None, maps: Maps, pooling: Pooling, arena: Arena
-) -> tuple[Survey, int]:
-    """Put the RoIs in order; and how many cannot be pooled."""
-    tag, n = _WORK[rois.dtype], len(rois)
-    problem, constants = pose(rois, levels, maps, pooling)
-    homes, rows = len(maps.first) - 1, maps.first[-1]
-    keys, order, spans = arena.take(8 * n), arena.take(8 * n), arena.take(8 * homes)
-    bounds, counts = arena.take(8 * (homes + 1)), arena.take(8 * rows)
-    lost = tables.survey(tag, problem, n, keys, at(maps.first), homes, spans, counts)
-    done = tables.sort(n, keys, at(maps.first), homes, counts, order, bounds)
-    return Survey(problem, tag, order, done, keys, spans, bounds, (rois, levels, maps, constants)), lost
-
-
-def _fill(survey: Survey, lo: int, stop: int, maps: Maps, room: int, arena: Arena) -> Tables:
-    """Fill tables for the RoIs from number `lo` in their order on: as many as there is room for."""
-    problem, tag = survey.problem, survey.tag
-    n, order = min(stop - lo, _SLAB), survey.order + 8 * lo
-    if problem.sampling_ratio > 0:
-        y_taps, x_taps = (2 * problem.sampling_ratio * bins for bins in (problem.bins_y, problem.bins_x))
-        n = min(n, max(1, room // (y_taps + x_taps)))
-        y_taps, x_taps = n * y_taps, n * x_taps
-        y_base, x_base = arena.take(8 * (n + 1)), arena.take(8 * (n + 1))
-    else:
-        y_base, x_base = arena.take(8 * (n + 1)), arena.take(8 * (n + 1))
-        n, y_taps, x_taps = tables.measure(tag, problem, order, n, room, y_base, x_base)
-    ys = _axis(y_base, n, n * (problem.bins_y + 1), y_taps, tag, arena)
-    xs = _axis(x_base, n, n * (problem.bins_x + 1), x_taps, tag, arena)
-    homes, place = arena.take(8 * n), arena.take(8 * maps.longest)
-    most = tables.fill(tag, problem, order, n, ys, xs, homes, place, maps.longest)
-    return Tables(ys, xs, homes, n, y_taps + x_taps, *most, maps.longest)
-
-
-def _axis(base: int, rois: int, starts: int, taps: int, tag: Any, arena: Arena) -> tables.AxisAt:
-    start, places, cells, touched = (arena.take(8 * size) for size in (starts, taps, taps, rois))
-    return tables.AxisAt(base, start, places, cells, touched, arena.take(tag.itemsize * taps))
-
-
-def _turn(axis: tables.AxisAt, t: Tables, bins: int, working: torch.dtype, arena: Arena) -> tables.AxisAt:
-    """The table from taps of bins on cells to taps of cells on bins."""
-    tag: Any = _WORK[working]
-    starts, taps, weights = (arena.take(size * (t.taps + t.number)) for size in (8, 8, tag.itemsize))
-    turned = axis._replace(start=starts, taps=taps, weights=weights)
-    tables.turn_around(tag, t.number, bins, axis, turned)
-    return turned
-
-
-def _backward_way(channels: int, rois: int) -> str:
-    """Likewise, of the adjoint; sums have the same bits in both ways."""
-    return PLANES if channels < LANES or rois < FEW_BACKWARD else PACKED

@@ -88,10 +88,13 @@ def at(numbers: "array[Any]") -> int:
 def pose(rois: Tensor, levels: Tensor | None, maps: Maps, pooling: Any) -> tuple[tables.Problem, object]:
     """What the kernels are told of the RoIs, and what owns the constants in it."""
     size, scales, ratio, aligned, thresholds, order = pooling
-    constants = _constants(tuple(scales), tuple(thresholds), tuple(order), rois.dtype)
+    constants = own_scales, own_thresholds, own_order = _constants(
+        tuple(scales), tuple(thresholds), tuple(order), rois.dtype
+    )
     problem = tables.Problem(
         rois.data_ptr(), 0 if levels is None else levels.data_ptr(), len(maps.mine), maps.images,
-        at(maps.rows), *(at(each) for each in constants), len(thresholds), size[0], size[1], ratio, aligned,
+        at(maps.rows), at(own_scales), at(own_thresholds), at(own_order),
+        len(thresholds), size[0], size[1], ratio, aligned,
     )  # fmt: skip
     return problem, constants
 

@@ -1,0 +1,91 @@
+"""What is known of all RoIs before there are tables, and tables for as many as there is room for."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..schema import Pooling
+from . import tables
+from .maps import Maps, at, pose
+from .memory import Arena
+
+
+class Survey(NamedTuple):
+    """All RoIs in order, and what is known of them before there are tables. Arrays are named by address."""
+
+    problem: tables.Problem
+    tag: Any  # a number of the working precision
+    order: int  # (K,) first those that are to be done
+    done: int  # how many are to be done
+    keys: int  # (K,) the first row of each RoI
+    spans: int  # (N * L,) the most rows that a RoI of a map spans
+    bounds: int  # (N * L + 1,) the first RoI of each map, in their order
+    owned: object
+
+
+class Tables(NamedTuple):
+    """The tables of some RoIs."""
+
+    ys: tables.AxisAt
+    xs: tables.AxisAt
+    homes: int  # address: the map of each RoI
+    number: int  # of RoIs
+    taps: int  # there is room for
+    rows: int  # the most that a RoI touches
+    columns: int
+    x_taps: int  # the most that a RoI has
+
+
+def take_survey(
+    rois: Tensor, levels: Tensor | None, maps: Maps, pooling: Pooling, tag: Any, arena: Arena
+) -> tuple[Survey, int]:
+    """Put the RoIs in order; and how many cannot be pooled."""
+    n = len(rois)
+    problem, constants = pose(rois, levels, maps, pooling)
+    homes, rows = len(maps.first) - 1, maps.first[-1]
+    keys, order, spans = arena.take(8 * n), arena.take(8 * n), arena.take(8 * homes)
+    bounds, counts = arena.take(8 * (homes + 1)), arena.take(8 * rows)
+    lost = tables.survey(tag, problem, n, keys, at(maps.first), homes, spans, counts)
+    done = tables.sort(n, keys, at(maps.first), homes, counts, order, bounds)
+    return Survey(problem, tag, order, done, keys, spans, bounds, (rois, levels, maps, constants)), lost
+
+
+def fill_tables(survey: Survey, lo: int, stop: int, maps: Maps, room: int, arena: Arena) -> Tables:
+    """Fill tables for the RoIs from number `lo` in their order on: as many as there is room for."""
+    problem, tag = survey.problem, survey.tag
+    n, order = stop - lo, survey.order + 8 * lo
+    if problem.sampling_ratio > 0:
+        y_taps, x_taps = (2 * problem.sampling_ratio * bins for bins in (problem.bins_y, problem.bins_x))
+        n = min(n, max(1, room // (y_taps + x_taps)))
+        y_taps, x_taps = n * y_taps, n * x_taps
+        y_base, x_base = arena.take(8 * (n + 1)), arena.take(8 * (n + 1))
+    else:
+        y_base, x_base = arena.take(8 * (n + 1)), arena.take(8 * (n + 1))
+        n, y_taps, x_taps = tables.measure(tag, problem, order, n, room, y_base, x_base)
+    ys = _axis(y_base, n, n * (problem.bins_y + 1), y_taps, tag, arena)
+    xs = _axis(x_base, n, n * (problem.bins_x + 1), x_taps, tag, arena)
+    homes, place = arena.take(8 * n), arena.take(8 * maps.longest)
+    most = tables.fill(tag, problem, order, n, ys, xs, homes, place, maps.longest)
+    return Tables(ys, xs, homes, n, y_taps + x_taps, *most)
+
+
+def most_taps(problem: tables.Problem, tag: Any, n: int, pooling: Pooling) -> tuple[int, int]:
+    """Room for the most taps that a RoI has along y and x."""
+    if pooling.sampling_ratio == 0:
+        y_taps, x_taps = tables.most_taps(tag, problem, n)
+        return y_taps, x_taps
+    y_bins, x_bins = pooling.output_size
+    return 2 * pooling.sampling_ratio * y_bins, 2 * pooling.sampling_ratio * x_bins
+
+
+def _axis(base: int, rois: int, starts: int, taps: int, tag: Any, arena: Arena) -> tables.AxisAt:
+    start, places, cells, touched = (arena.take(8 * size) for size in (starts, taps, taps, rois))
+    return tables.AxisAt(base, start, places, cells, touched, arena.take(tag.itemsize * taps))
+
+
+def turn_around(axis: tables.AxisAt, t: Tables, bins: int, tag: Any, arena: Arena) -> tables.AxisAt:
+    """The table from taps of bins on cells to taps of cells on bins."""
+    starts, taps, weights = (arena.take(size * (t.taps + t.number)) for size in (8, 8, tag.itemsize))
+    turned = axis._replace(start=starts, taps=taps, weights=weights)
+    tables.turn_around(tag, t.number, bins, axis, turned)
+    return turned
