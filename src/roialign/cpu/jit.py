@@ -76,7 +76,11 @@ def part(function: Callable[..., Any]) -> Any:
 
     A third of the time to compile went into those two.
     """
-    return njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    from . import parts
+
+    return njit(
+        error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, pipeline_class=parts.PartCompiler
+    )(function)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
