@@ -89,9 +89,11 @@ def pose(rois: Tensor, levels: Tensor | None, maps: Maps, pooling: Any) -> tuple
     """What the kernels are told of the RoIs, and what owns the constants in it."""
     size, scales, ratio, aligned, thresholds, order = pooling
     constants = _constants(tuple(scales), tuple(thresholds), tuple(order), rois.dtype)
+    # All of them integers, as in a job: else parts are compiled for both.
     problem = tables.Problem(
         rois.data_ptr(), 0 if levels is None else levels.data_ptr(), len(maps.mine), maps.images,
-        at(maps.rows), *(at(each) for each in constants), len(thresholds), size[0], size[1], ratio, aligned,
+        at(maps.rows), *(at(each) for each in constants), len(thresholds), size[0], size[1], ratio,
+        int(aligned),
     )  # fmt: skip
     return problem, constants
 
