@@ -193,3 +193,22 @@ torch.set_num_threads(2)
 assert_right()
 """
     assert run(program).count(f"{KEPT_NOWHERE}: Numba 0.") == 1
+
+
+OTHER_LIBRARIES = {
+    "": "_PartLibrary",
+    "import numba.core.codegen; hide('numba.core.codegen', 'JITCodeLibrary')\n": "JITCodeLibrary",
+    "import numba.core.codegen; numba.core.codegen.JITCodeLibrary = object\n": "JITCodeLibrary",
+}
+
+
+@pytest.mark.parametrize("other", OTHER_LIBRARIES)
+def test_parts_are_compiled_as_part_of_kernels_only(other, tmp_path):
+    """Where Numba is another, its own compiler serves: it only takes longer."""
+    place = version(1, as_source, tmp_path / "site")
+    program = HIDE + other + CALL + "(part,) = greater.step.overloads.values()\n"
+    program += "print('library', type(part.library).__name__)"
+    printed = run(program, PYTHONPATH=str(place), NUMBA_CACHE_DIR=str(tmp_path / "cache"))
+    assert "result 1 compiled 1" in printed
+    assert f"library {OTHER_LIBRARIES[other]}" in printed
+    assert KEPT_NOWHERE not in printed

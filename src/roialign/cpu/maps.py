@@ -91,10 +91,11 @@ def pose(rois: Tensor, levels: Tensor | None, maps: Maps, pooling: Any) -> tuple
     constants = own_scales, own_thresholds, own_order = _constants(
         tuple(scales), tuple(thresholds), tuple(order), rois.dtype
     )
+    # All of them integers, as in a job: else parts are compiled for both.
     problem = tables.Problem(
         rois.data_ptr(), 0 if levels is None else levels.data_ptr(), len(maps.mine), maps.images,
         at(maps.rows), at(own_scales), at(own_thresholds), at(own_order),
-        len(thresholds), size[0], size[1], ratio, aligned,
+        len(thresholds), size[0], size[1], ratio, int(aligned),
     )  # fmt: skip
     return problem, constants
 
