@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .jit import c_kernel, part
+from .jit import c_kernel, kernel, part
 from .jobs import scratch_in, unpack
 from .lanes import ADD, AHEAD, REPLACE, Scratch, combine, from_block, to_block, zero_cells
-from .simd import LANES, fetch_add, get, put, size_of
+from .simd import LANES, fetch_add, get, load_one, put, size_of, store_one
 from .tables import (
     AT,
     CHANNEL_STEP,
@@ -215,3 +215,39 @@ def _add_rows(tag, grad, ring_at, scratch, ys, xs, i, x0, x1, task):
         ys.start + 8 * (base + i), ys.taps + 8 * base, ys.weights + size_of(tag) * base,
         ZERO, get(ys.touched, i), ADD,
     )  # fmt: skip
+
+
+@kernel
+def turn_around(tag, n, bins, axis, turned):
+    """From taps of bins on cells to taps of cells on bins, bins in ascending order.
+
+    The cells of RoI k have their starts in `turned.start` from `base[k] + k` on.
+    """
+    for k in range(n):
+        base = get(axis.base, k)
+        cells = get(axis.touched, k)
+        starts, taps, weights = (
+            axis.start + 8 * k * (bins + 1),
+            axis.taps + 8 * base,
+            axis.weights + size_of(tag) * base,
+        )
+        new_starts = turned.start + 8 * (base + k)
+        new_taps, new_weights = turned.taps + 8 * base, turned.weights + size_of(tag) * base
+        n_taps = get(starts, bins) if cells else ZERO
+        for c in range(cells + 1):
+            put(new_starts, c, ZERO)
+        for t in range(n_taps):
+            put(new_starts, get(taps, t) + 1, get(new_starts, get(taps, t) + 1) + 1)
+        for c in range(cells):
+            put(new_starts, c + 1, get(new_starts, c + 1) + get(new_starts, c))
+        b = bins  # from the last tap to the first, so that the starts end up where they belong
+        for t in range(n_taps - 1, -1, -1):
+            while get(starts, b) > t:
+                b -= 1
+            to = get(new_starts, get(taps, t) + 1) - 1
+            put(new_starts, get(taps, t) + 1, to)
+            put(new_taps, to, b)
+            store_one(tag, new_weights + size_of(tag) * to, load_one(tag, weights + size_of(tag) * t))
+        for c in range(cells):
+            put(new_starts, c, get(new_starts, c + 1))
+        put(new_starts, cells, n_taps)

@@ -1,7 +1,9 @@
-"""The engine: survey the RoIs, fill tables for as many as there is room for, and let threads take tasks.
+"""The engine: choose a way by channels, layout and number of RoIs, and let threads take its tasks.
 
-A task is a group of RoIs and a block of channels. All scratch of a call lies in its arena, and what
-does not depend on the number of boxes is bounded: tables for some thousand RoIs, and a share for each thread.
+Where RoIs share cells or maps they are surveyed first, and tables filled for as many as there is room for;
+else each thread lays the tables of a RoI when its turn comes. All scratch of a call lies in its arena, and
+what does not depend on the number of boxes is bounded: tables for some thousand RoIs, and a share for each
+thread.
 """
 
 import bisect
@@ -59,6 +61,7 @@ def forward(
         tags = _TAG[dtype], _WORK[rois.dtype], _TAG[out.dtype]
         if way is PLANES:
             lost |= _forward_planes(out, maps, rois, levels, pooling, tags, arena, 0, len(rois))
+            arena.rewind(start)
             continue
         for lo in range(0, len(rois), _SLAB):
             part = slice(lo, lo + _SLAB)
@@ -112,11 +115,11 @@ def _forward_planes(
     """
     _, channels, height, width = out.shape
     problem, _constants = pose(rois, levels, maps, pooling)
-    taps = most_taps(problem, tags[1], len(rois), pooling)
+    taps = most_taps(problem, tags[1], order, n, pooling)
     room, size = lay_room(
         *taps, max(maps.heights), max(maps.widths), height, width, maps.inner, rois.itemsize, 0
     )
-    work, at_once, pieces = planes.share(n, channels, height, width, torch.get_num_threads())
+    work, at_once, pieces = planes.share(n, channels, height, width, _tasks_wanted())
     pooled = describe(out)
     job = 0, 0, *problem, at(pooled), channels, n, order, at_once, pieces, maps.longest, *room
     row = array("q", job)  # a `planes.Job`, laid without `pack` to save time
@@ -156,7 +159,7 @@ def _forward_in_place(
     tasks = math.ceil(t.number / direct_kernel.ROIS)
     line, work = max(most, out.shape[3] + 1), t.taps * out.shape[1]
     scratch = _scratch(line, entries, tags)
-    _run(direct_kernel.run, direct_kernel.Job, tags, (*job, t.number, *rest), [scratch], tasks, work, arena)
+    _run(direct_kernel.run, direct_kernel.Job, tags, (*job, t.number, *rest), scratch, tasks, work, arena)
 
 
 def _forward_packed(
@@ -164,7 +167,7 @@ def _forward_packed(
 ) -> tuple[int, int]:
     """Pool those RoIs that share cells, or are dense. Returns which and how many others there are."""
     blocks = math.ceil(out.shape[1] / LANES)
-    most = max(64, t.number * blocks // (_TASKS_PER_THREAD * torch.get_num_threads()))
+    most = max(64, t.number * blocks // _tasks_wanted())
     groups = arena.take(8 * t.number * int(forward_kernel.GROUP_COLUMNS))
     others = arena.take(8 * t.number)
     number, cells, left_out = forward_kernel.group(
@@ -175,7 +178,7 @@ def _forward_packed(
     job = (0, *job, groups, number, *rest)
     scratch = _scratch(line, entries, tags)
     if number:
-        _run(forward_kernel.run, forward_kernel.Job, tags, job, [scratch], number * blocks, work, arena)
+        _run(forward_kernel.run, forward_kernel.Job, tags, job, scratch, number * blocks, work, arena)
     return others, left_out
 
 
@@ -211,11 +214,10 @@ def _backward_planes(
     tags: tuple[Any, ...], arena: Arena,
 ) -> None:  # fmt: skip
     """Have every band of a map summed by one thread, from all RoIs that reach into it."""
-    n, channels, height, width = grad.shape
+    _, channels, height, width = grad.shape
     bounds = integers(survey.bounds, len(maps.first)).tolist()
-    wanted = _TASKS_PER_THREAD * torch.get_num_threads()
-    tasks, band = planes_backward.cut(grads, maps.mine, bounds, channels, height * width, wanted)
-    taps = most_taps(survey.problem, tags[1], n, pooling)
+    tasks, band = planes_backward.cut(grads, maps.mine, bounds, channels, height * width, _tasks_wanted())
+    taps = most_taps(survey.problem, tags[1], survey.order, survey.done, pooling)
     room, size = lay_room(
         *taps, max(maps.heights), max(maps.widths), height, width, maps.inner, tags[1].itemsize, band
     )
@@ -248,7 +250,7 @@ class _Backward:
         self.bounds: list[int] = integers(survey.bounds, homes + 1).tolist()
         self.spans: list[int] = integers(survey.spans, homes).tolist()
         blocks = math.ceil(grad.shape[1] / LANES)
-        share = min(1.0, blocks / (_TASKS_PER_THREAD * torch.get_num_threads()))
+        share = min(1.0, blocks / _tasks_wanted())
         self.most = math.ceil(max(maps.widths) * share)
 
     def run(self) -> None:
@@ -312,9 +314,7 @@ class _Backward:
         cells = sum(h * w for h, w in zip(self.maps.heights, self.maps.widths, strict=True))
         work, line = (t.taps + cells * self.maps.images) * channels, max(t.rows, t.columns, height, width) + 1
         scratch = _scratch(line, entries, self.tags)
-        _run(
-            backward_kernel.run, backward_kernel.Job, self.tags, job, [scratch], len(tasks), work, self.arena
-        )
+        _run(backward_kernel.run, backward_kernel.Job, self.tags, job, scratch, len(tasks), work, self.arena)
 
 
 def _run(
@@ -322,7 +322,7 @@ def _run(
     kind: Any,
     tags: tuple[Any, ...],
     job: tuple[Any, ...],
-    scratch: Sequence[tuple[Any, ...]],
+    scratch: Scratch,
     tasks: int,
     work: int,
     arena: Arena,
@@ -335,7 +335,7 @@ def _run(
         tags: numbers of the three types that it is compiled for.
         job: the fields between the first and the scratch. They name memory by address, which the caller
             owns until this returns.
-        scratch: sizes of each kind of scratch.
+        scratch: its sizes.
         tasks: how many there are.
         work: about how many numbers are read.
         arena: for the scratch.
@@ -343,13 +343,14 @@ def _run(
     Returns:
         The job as the kernel leaves it.
     """
-    stop, offsets = 0, []
-    for sizes in scratch:
-        places, stop = lay(sizes, stop)
-        offsets.append(places)
-    row = pack(kind(0, *job, *offsets))
-    threads.run(kernel, tags, at(row), tasks, stop, work, arena)
+    offsets, size = lay(scratch)
+    row = pack(kind(0, *job, offsets))
+    threads.run(kernel, tags, at(row), tasks, size, work, arena)
     return row
+
+
+def _tasks_wanted() -> int:
+    return _TASKS_PER_THREAD * torch.get_num_threads()
 
 
 def _scratch(line: int, entries: Sequence[int], tags: tuple[Any, ...]) -> Scratch:

@@ -13,6 +13,7 @@ from .jobs import scratch_in, unpack
 from .lanes import (
     AHEAD,
     REPLACE,
+    TILE,
     Scratch,
     combine,
     from_block,
@@ -41,7 +42,6 @@ GROUP_COLUMNS = np.int64(5)
 PACK_CELLS = np.int64(2**17)  # most cells packed at once: 8 MB of float32, which a cache holds
 WORTH = 3.0  # how much dearer packing a cell for one RoI is than for a group; measured
 DENSE = 2.0  # how much dearer reading a touched cell in place is than packing any; measured
-TILE = np.int64(8)  # columns that are transposed at once
 SUM_ENTRIES = np.int64(2**12)  # row sums, and results, kept at once
 ANNOUNCED = np.int64(2**12)  # most bytes of a result that are asked for before it is written
 

@@ -55,17 +55,9 @@ def _type(annotation: Any) -> Any:
     return types.NamedTuple(fields, annotation)
 
 
-def lay(sizes: tuple[Any, ...], start: int = 0) -> tuple[Any, int]:
-    """Where in a thread's memory its scratch lies, and where that ends.
-
-    Args:
-        sizes: a NamedTuple of bytes.
-        start: where it begins.
-
-    Returns:
-        The NamedTuple of offsets, and what comes after the last.
-    """
-    *offsets, stop = itertools.accumulate((-(-size // 64) * 64 for size in sizes), initial=start)
+def lay(sizes: tuple[Any, ...]) -> tuple[Any, int]:
+    """Where in a thread's memory its scratch lies, given a NamedTuple of bytes; and how many that takes."""
+    *offsets, stop = itertools.accumulate((-(-size // 64) * 64 for size in sizes), initial=0)
     return type(sizes)(*offsets), stop
 
 

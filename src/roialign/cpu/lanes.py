@@ -24,6 +24,7 @@ from .simd import (
 )
 
 AHEAD = np.int64(512)  # bytes; how far ahead in a long run
+TILE = np.int64(8)  # rows and columns of `transpose8`
 REPLACE, ADD = np.bool_(False), np.bool_(True)
 
 

@@ -13,12 +13,11 @@ import numpy as np
 
 from .jit import part
 from .jobs import lay
-from .lanes import zero_cells, zero_run
+from .lanes import TILE, zero_cells, zero_run
 from .simd import LANES, get, load_one, put, size_of, store_one, transpose8
 from .tables import CHANNEL_STEP, COLUMN_STEP, ONE, WIDTH, ZERO, AxisAt
 
 AT_ONCE = np.int64(4)  # blocks that are summed with one look at the taps
-TILE = np.int64(8)
 FEW = np.int64(2**10)  # taps of a RoI, the most of those that are listed
 
 
@@ -92,7 +91,7 @@ def lay_room(*args: int) -> tuple[Room, int]:
 
 @part
 def tables_in(room):
-    """The tables of both axes, of one RoI."""
+    """The tables of both axes, of one RoI: what it owns of them begins at 0."""
     put(room.counts, 0, ZERO)
     put(room.counts, 1, ZERO)
     ys = AxisAt(room.counts, room.y_start, room.y_taps, room.y_cells, room.counts + 16, room.y_weights)
@@ -158,39 +157,36 @@ def lay_bins(tag, bins, inner, windows, room):
 
 
 @part
-def list_cells(tag, ys, xs, i, height, width, room):
+def list_cells(tag, ys, xs, height, width, room):
     """Of each bin, where the cells lie that it reads, and their weights; without rows that lie nowhere."""
     size = size_of(tag)
-    y_base, x_base = get(ys.base, i), get(xs.base, i)
-    y_start, x_start = ys.start + 8 * i * (height + 1), xs.start + 8 * i * (width + 1)
     n = ZERO
     for p in range(height):
         for q in range(width):
             put(room.list_start, p * width + q, n)
-            for y in range(get(y_start, p), get(y_start, p + 1)):
-                row = get(room.rows, get(ys.taps + 8 * y_base, y))
-                y_weight = load_one(tag, ys.weights + (y_base + y) * size)
-                for x in range(get(x_start, q), get(x_start, q + 1) if row >= 0 else ZERO):
-                    put(room.list, n, row + get(room.windows, get(xs.taps + 8 * x_base, x)))
-                    x_weight = load_one(tag, xs.weights + (x_base + x) * size)
+            for y in range(get(ys.start, p), get(ys.start, p + 1)):
+                row = get(room.rows, get(ys.taps, y))
+                y_weight = load_one(tag, ys.weights + y * size)
+                for x in range(get(xs.start, q), get(xs.start, q + 1) if row >= 0 else ZERO):
+                    put(room.list, n, row + get(room.windows, get(xs.taps, x)))
+                    x_weight = load_one(tag, xs.weights + x * size)
                     store_one(tag, room.list_weights + n * size, y_weight * x_weight)
                     n += 1
     put(room.list_start, height * width, n)
 
 
 @part
-def are_few(ys, xs, i, height, width):
+def are_few(ys, xs, height, width):
     """Whether all taps of a RoI, along y times along x, are less work than windows and blocks.
 
     Measured: a tap of a cell takes as long as two of a window; to turn a window around, as ten. The answer
     hangs on the RoI alone, not on strides, so that these change no bit.
     """
-    y_taps, touched = get(ys.start, i * (height + 1) + height), get(xs.touched, i)
-    taps = y_taps * get(xs.start, i * (width + 1) + width)
+    y_taps, touched = get(ys.start, height), get(xs.touched, 0)
+    taps = y_taps * get(xs.start, width)
     if taps == 0 or taps > FEW or height * width > FEW:
         return False
-    cells = xs.cells + 8 * get(xs.base, i)
-    windows = min(touched, (get(cells, touched - 1) - get(cells, 0)) // LANES + 1)
+    windows = min(touched, (get(xs.cells, touched - 1) - get(xs.cells, 0)) // LANES + 1)
     return 2 * taps <= windows * (y_taps + 10 * height) + 3 * width * height
 
 

@@ -63,7 +63,7 @@ class Arena:
     """The scratch of one call: things laid one after the other in a block that no other call has.
 
     Its pages are the system's until they are written to. A call that is torn off does not give its arena
-    back, for helpers may still use it; then it dies with the last of them.
+    back; it dies with it.
     """
 
     def __init__(self) -> None:

@@ -44,7 +44,6 @@ from .tables import (
     home_of,
 )
 
-TASKS_PER_THREAD = 4
 WORTH_A_TASK = 50_000  # numbers read, which laying the tables of a RoI anew must be worth
 
 
@@ -65,13 +64,15 @@ class Job(NamedTuple):
 
 
 @functools.lru_cache(256)
-def share(rois: int, channels: int, bins_y: int, bins_x: int, threads: int) -> tuple[int, int, int]:
-    """About how many numbers are read, how many RoIs a task has, and in how many pieces one is cut."""
+def share(rois: int, channels: int, bins_y: int, bins_x: int, wanted: int) -> tuple[int, int, int]:
+    """About how many numbers are read, how many RoIs a task has, and in how many pieces one is cut.
+
+    At least as many tasks are `wanted`, if they are worth it.
+    """
     work = rois * channels * bins_y * (4 * bins_x + 64)
-    tasks = TASKS_PER_THREAD * threads
-    at_once = max(1, min(rois // (4 * tasks), 64))
+    at_once = max(1, min(rois // (4 * wanted), 64))
     blocks = -(-channels * bins_y // LANES)
-    pieces = max(1, min(-(-tasks // rois), blocks, work // WORTH_A_TASK))
+    pieces = max(1, min(-(-wanted // rois), blocks, work // WORTH_A_TASK))
     return work, at_once, pieces
 
 
@@ -102,8 +103,8 @@ def run(job, memory, source, working, result):
                 inner = side_by_side(src_tag, m, channels)
                 lines = channels // max(inner, ONE) * problem.bins_y
                 blocks = (lines + LANES - 1) // LANES
-                pool(
-                    src_tag, src, m, tag, out_tag, out, k, channels, inner, ys, xs, ZERO,
+                _pool(
+                    src_tag, src, m, tag, out_tag, out, k, channels, inner, ys, xs,
                     blocks * piece // pieces * LANES, min(blocks * (piece + 1) // pieces * LANES, lines),
                     room,
                 )  # fmt: skip
@@ -119,20 +120,19 @@ def _lose(tag, out_tag, out, k, channels):
 
 
 @part
-def pool(src_tag, src, m, tag, out_tag, out, k, channels, inner, ys, xs, i, first, stop, room):
-    """Pool the lines `first:stop` of RoI k, which has tables number i.
+def _pool(src_tag, src, m, tag, out_tag, out, k, channels, inner, ys, xs, first, stop, room):
+    """Pool the lines `first:stop` of RoI k.
 
     Of `inner` channels that lie side by side, a line has all; of others it is one channel's. Where `inner`
     is 0 those of a map are read one by one.
     """
     height, width = get(out, HEIGHT), get(out, WIDTH)
     side = max(inner, ONE)
-    rows = ys.cells + 8 * get(ys.base, i)
-    for y in range(get(ys.touched, i)):
-        put(room.rows, y, get(rows, y) * get(m, ROW_STEP))
-    cells, touched = xs.cells + 8 * get(xs.base, i), get(xs.touched, i)
-    if channels < LANES and are_few(ys, xs, i, height, width):
-        _pool_cells(src_tag, src, m, tag, out_tag, out, k, side, ys, xs, i, first, stop, room)
+    for y in range(get(ys.touched, 0)):
+        put(room.rows, y, get(ys.cells, y) * get(m, ROW_STEP))
+    cells, touched = xs.cells, get(xs.touched, 0)
+    if channels < LANES and are_few(ys, xs, height, width):
+        _pool_cells(src_tag, src, m, tag, out_tag, out, k, side, ys, xs, first, stop, room)
         return
     if inner:
         windows = lay_windows(cells, touched, inner, get(m, WIDTH) * inner, tag, size_of(src_tag), room)
@@ -140,20 +140,18 @@ def pool(src_tag, src, m, tag, out_tag, out, k, channels, inner, ys, xs, i, firs
         windows = _lay_columns(cells, touched, get(m, COLUMN_STEP), tag, room)
     lay_bins(tag, width, side, windows, room)
     entry = LANES * size_of(tag)
-    base = get(xs.base, i)
     for u in range(first, stop, AT_ONCE * LANES):
         n = min(AT_ONCE, (stop - u + LANES - 1) // LANES)
         for b in range(n):
             lo = u + b * LANES
             hi = min(lo + LANES, stop)
-            _sum_rows(src_tag, src, m, inner, tag, ys, i, height, lo, hi, windows, touched, room)
+            _sum_rows(src_tag, src, m, inner, tag, ys, height, lo, hi, windows, touched, room)
             block = room.blocks + b * windows * LANES * entry
             turn(tag, room.lines, hi - lo, windows * LANES, windows * entry, block)
         combine(
             tag, room.blocks, room.places, room.block_columns,
             tag, room.results, room.bin_rows, room.bin_columns, n * side,
-            xs.start + 8 * i * (width + 1), xs.taps + 8 * base, xs.weights + size_of(tag) * base,
-            ZERO, width, REPLACE,
+            xs.start, xs.taps, xs.weights, ZERO, width, REPLACE,
         )  # fmt: skip
         for b in range(n):
             lo = u + b * LANES
@@ -171,11 +169,9 @@ def _lay_columns(cells, n, step, tag, room):
 
 
 @part
-def _sum_rows(src_tag, src, m, inner, tag, ys, i, bins, lo, hi, windows, touched, room):
+def _sum_rows(src_tag, src, m, inner, tag, ys, bins, lo, hi, windows, touched, room):
     """Sum rows of the map into the lines `lo:hi`; line `c * bins + p` is of channel c and the bins p."""
     step = windows * LANES * size_of(tag)
-    base = get(ys.base, i)
-    start, taps, weights = ys.start + 8 * i * (bins + 1), ys.taps + 8 * base, ys.weights + size_of(tag) * base
     line = lo
     while line < hi:
         c = line // bins
@@ -188,35 +184,35 @@ def _sum_rows(src_tag, src, m, inner, tag, ys, i, bins, lo, hi, windows, touched
             combine(
                 src_tag, plane, room.rows, room.windows,
                 tag, room.lines, room.line_rows, room.line_columns, windows,
-                start, taps, weights, p0, p1, REPLACE,
+                ys.start, ys.taps, ys.weights, p0, p1, REPLACE,
             )  # fmt: skip
         else:
-            _sum_columns_one_by_one(src_tag, plane, tag, start, taps, weights, p0, p1, touched, room)
+            _sum_columns_one_by_one(src_tag, plane, tag, ys, p0, p1, touched, room)
         line += p1 - p0
 
 
 @part
-def _sum_columns_one_by_one(src_tag, plane, tag, start, taps, weights, p0, p1, touched, room):
+def _sum_columns_one_by_one(src_tag, plane, tag, ys, p0, p1, touched, room):
     size = size_of(tag)
     for p in range(p0, p1):
         to = room.lines + get(room.line_rows, p)
         for c in range(touched):
             total = type(tag)(0)
             at = plane + get(room.windows, c)
-            for t in range(get(start, p), get(start, p + 1)):
-                weight = load_one(tag, weights + t * size)
-                total = fma_one(weight, load_one(src_tag, at + get(room.rows, get(taps, t))), total)
+            for t in range(get(ys.start, p), get(ys.start, p + 1)):
+                weight = load_one(tag, ys.weights + t * size)
+                total = fma_one(weight, load_one(src_tag, at + get(room.rows, get(ys.taps, t))), total)
             store_one(tag, to + c * size, total)
 
 
 @part
-def _pool_cells(src_tag, src, m, tag, out_tag, out, k, side, ys, xs, i, first, stop, room):
+def _pool_cells(src_tag, src, m, tag, out_tag, out, k, side, ys, xs, first, stop, room):
     """Pool lines cell by cell."""
     size, width = size_of(tag), get(out, WIDTH)
-    for x in range(get(xs.touched, i)):
-        put(room.windows, x, get(xs.cells + 8 * get(xs.base, i), x) * get(m, COLUMN_STEP))
+    for x in range(get(xs.touched, 0)):
+        put(room.windows, x, get(xs.cells, x) * get(m, COLUMN_STEP))
     height, bin_step = get(out, HEIGHT), get(out, COLUMN_STEP)
-    list_cells(tag, ys, xs, i, height, width, room)
+    list_cells(tag, ys, xs, height, width, room)
     for line in range(first, stop):
         p = line % height
         for c in range(line // height * side, line // height * side + side):

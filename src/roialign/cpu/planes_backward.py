@@ -195,7 +195,7 @@ def _rows_of_bins_inside(ys, bins, low, high, step, room):
 def _add(grad_tag, grad, k, channels, c0, planes, inner, p0, p1, tag, length, plane_step, ys, xs, room):
     """Add what RoI k gives to the band, from the rows of bins `p0:p1`."""
     entry, width = LANES * size_of(tag), get(grad, WIDTH)
-    if channels < LANES and are_few(ys, xs, ZERO, get(grad, HEIGHT), width):
+    if channels < LANES and are_few(ys, xs, get(grad, HEIGHT), width):
         _add_cells(grad_tag, grad, k, c0, planes, inner, p0, p1, tag, plane_step, ys, xs, room)
         return
     windows = lay_windows(xs.cells, get(xs.touched, 0), inner, length, tag, size_of(tag), room)
@@ -240,7 +240,7 @@ def _add_cells(grad_tag, grad, k, c0, planes, inner, p0, p1, tag, plane_step, ys
     size, height, width = size_of(tag), get(grad, HEIGHT), get(grad, WIDTH)
     for x in range(get(xs.touched, 0)):
         put(room.windows, x, get(xs.cells, x) * inner * size)
-    list_cells(tag, ys, xs, ZERO, height, width, room)
+    list_cells(tag, ys, xs, height, width, room)
     for c in range(planes * inner):
         band = room.band + c // inner * plane_step + c % inner * size
         from_ = get(grad, AT) + k * get(grad, IMAGE_STEP) + (c0 + c) * get(grad, CHANNEL_STEP)

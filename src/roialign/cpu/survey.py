@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..schema import Pooling
-from . import tables
+from . import backward, tables
 from .maps import Maps, at, pose
 from .memory import Arena
 
@@ -69,10 +69,10 @@ def fill_tables(survey: Survey, lo: int, stop: int, maps: Maps, room: int, arena
     return Tables(ys, xs, homes, n, y_taps + x_taps, *most)
 
 
-def most_taps(problem: tables.Problem, tag: Any, n: int, pooling: Pooling) -> tuple[int, int]:
-    """Room for the most taps that a RoI has along y and x."""
+def most_taps(problem: tables.Problem, tag: Any, order: int, n: int, pooling: Pooling) -> tuple[int, int]:
+    """Room for the most taps that one of some RoIs has along y and x; see `tables.most_taps`."""
     if pooling.sampling_ratio == 0:
-        y_taps, x_taps = tables.most_taps(tag, problem, n)
+        y_taps, x_taps = tables.most_taps(tag, problem, order, n)
         return y_taps, x_taps
     y_bins, x_bins = pooling.output_size
     return 2 * pooling.sampling_ratio * y_bins, 2 * pooling.sampling_ratio * x_bins
@@ -87,5 +87,5 @@ def turn_around(axis: tables.AxisAt, t: Tables, bins: int, tag: Any, arena: Aren
     """The table from taps of bins on cells to taps of cells on bins."""
     starts, taps, weights = (arena.take(size * (t.taps + t.number)) for size in (8, 8, tag.itemsize))
     turned = axis._replace(start=starts, taps=taps, weights=weights)
-    tables.turn_around(tag, t.number, bins, axis, turned)
+    backward.turn_around(tag, t.number, bins, axis, turned)
     return turned

@@ -4,7 +4,7 @@ The tables are computed once per call and used for every channel. First all RoIs
 order, map by map and on a map by the first row that they touch; then the tables are filled for as many RoIs
 at a time as there is room for. Along one axis of one RoI they list the `cells` of the map that sampling
 points touch, in ascending order, and for each bin the taps: places in that list, and weights. Taps of one
-bin on one cell are added up. For backward the tables are turned around: for each cell, bins and weights.
+bin on one cell are added up. For backward `turn_around` makes of them, for each cell, bins and weights.
 
 Arrays are named by address, as in `simd.py`; `tag` is a number of the working precision.
 """
@@ -224,10 +224,14 @@ def measure(tag, problem, order, n, room, y_base, x_base):
 
 
 @kernel
-def most_taps(tag, problem, n):
-    """Of an adaptive grid: room for the most taps that a RoI has along y and along x."""
+def most_taps(tag, problem, order, n):
+    """Of an adaptive grid: room for the most taps that one of n RoIs has along y and along x.
+
+    They are listed at `order`, or if that is 0 they are the first.
+    """
     ys = xs = ZERO
-    for k in range(n):
+    for i in range(n):
+        k = get(order, i) if order else i
         home = home_of(tag, problem, k)
         if home >= 0:
             level = home % problem.n_levels
@@ -376,39 +380,3 @@ def _list_cells(taps, n, cells, place):
     for c in range(touched):
         put(place, get(cells, c), -ONE)
     return touched
-
-
-@kernel
-def turn_around(tag, n, bins, axis, turned):
-    """From taps of bins on cells to taps of cells on bins, bins in ascending order.
-
-    The cells of RoI k have their starts in `turned.start` from `base[k] + k` on.
-    """
-    for k in range(n):
-        base = get(axis.base, k)
-        cells = get(axis.touched, k)
-        starts, taps, weights = (
-            axis.start + 8 * k * (bins + 1),
-            axis.taps + 8 * base,
-            axis.weights + size_of(tag) * base,
-        )
-        new_starts = turned.start + 8 * (base + k)
-        new_taps, new_weights = turned.taps + 8 * base, turned.weights + size_of(tag) * base
-        n_taps = get(starts, bins) if cells else ZERO
-        for c in range(cells + 1):
-            put(new_starts, c, ZERO)
-        for t in range(n_taps):
-            put(new_starts, get(taps, t) + 1, get(new_starts, get(taps, t) + 1) + 1)
-        for c in range(cells):
-            put(new_starts, c + 1, get(new_starts, c + 1) + get(new_starts, c))
-        b = bins  # from the last tap to the first, so that the starts end up where they belong
-        for t in range(n_taps - 1, -1, -1):
-            while get(starts, b) > t:
-                b -= 1
-            to = get(new_starts, get(taps, t) + 1) - 1
-            put(new_starts, get(taps, t) + 1, to)
-            put(new_taps, to, b)
-            store_one(tag, new_weights + size_of(tag) * to, load_one(tag, weights + size_of(tag) * t))
-        for c in range(cells):
-            put(new_starts, c, get(new_starts, c + 1))
-        put(new_starts, cells, n_taps)
