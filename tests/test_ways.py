@@ -70,6 +70,24 @@ def test_strides_threads_and_other_boxes_change_no_bit(channels, size, ratio, dt
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 20, 30), (1, 3, 20, 30), (1, 3, 1, 30), (2, 3, 20, 1), (1, 20, 1, 1)]
+)
+@pytest.mark.parametrize("odd", [0, 1, 7, 10**12])
+def test_strides_of_axes_of_size_one_mean_nothing(shape, odd):
+    feature = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    for lay in (lambda x: x, LAYOUTS["channels_last"]):
+        x = lay(feature)
+        strides = [odd if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+        for count in (1, 20):
+            boxes = boxes_on(*shape[2:], count, images=shape[0])
+            expected = pool_and_back(feature, boxes, 3, 2)
+            for got, once in zip(
+                pool_and_back(x.as_strided(shape, strides), boxes, 3, 2), expected, strict=True
+            ):
+                assert torch.equal(got, once)
+
+
 @pytest.fixture
 def way(monkeypatch):
     """Let every call go one way."""
