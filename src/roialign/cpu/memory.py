@@ -69,7 +69,7 @@ class Arena:
     def __init__(self) -> None:
         size = _TABLES + torch.get_num_threads() * _SHARE
         try:
-            block = _arenas.popleft()
+            block = _arenas.pop()  # the one used last is in caches
         except IndexError:
             block = np.empty(0, np.uint8)
         self._blocks: list[Block] = []
