@@ -119,7 +119,10 @@ def _forward_planes(
     room, size = lay_room(
         *taps, max(maps.heights), max(maps.widths), height, width, maps.inner, rois.itemsize, 0
     )
-    work, at_once, pieces = planes.share(n, channels, height, width, _tasks_wanted())
+    # Points of a grid of fixed ratio may lie far apart, and then each needs a window of its own.
+    step = 1 if pooling.sampling_ratio == 0 else LANES
+    rows, columns = min(taps[0], max(maps.heights)), min(taps[1] // 2 * step, max(maps.widths)) + LANES
+    work, at_once, pieces = planes.share(n, channels, height, rows, columns, _tasks_wanted())
     pooled = describe(out)
     job = 0, 0, *problem, at(pooled), channels, n, order, at_once, pieces, maps.longest, *room
     row = array("q", job)  # a `planes.Job`, laid without `pack` to save time
