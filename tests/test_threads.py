@@ -98,13 +98,13 @@ def test_many_short_jobs_of_several_callers_at_once(threads):
     assert not any(memory.integers(pool._pool.at + int(slots.FIRST_SLOT), 1))
 
 
-@pytest.mark.parametrize("channels", [8, 64])
+@pytest.mark.parametrize("channels", [1, 8, 64])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_their_number_changes_no_bit(channels, layout, threads, monkeypatch):
     monkeypatch.setattr(pool, "_WORTH_A_THREAD", 1)
     maps = pyramid([4], image_size=(256, 256), images=2, channels=channels, layout=layout)
     (leaf,) = leaves = [m.requires_grad_() for m in maps]
-    boxes = random_boxes([200, 200], image_size=(256, 256))
+    boxes = random_boxes([200, 600], image_size=(256, 256))
 
     def call():
         pooled = multiscale_roi_align(leaves, boxes, 7, [1 / 4], 2)

@@ -219,7 +219,9 @@ def _backward_planes(
     """Have every band of a map summed by one thread, from all RoIs that reach into it."""
     _, channels, height, width = grad.shape
     bounds = integers(survey.bounds, len(maps.first)).tolist()
-    tasks, band = planes_backward.cut(grads, maps.mine, bounds, channels, height * width, _tasks_wanted())
+    tasks, band = planes_backward.cut(
+        grads, maps.mine, bounds, channels, height * width, torch.get_num_threads()
+    )
     taps = most_taps(survey.problem, tags[1], survey.order, survey.done, pooling)
     room, size = lay_room(
         *taps, max(maps.heights), max(maps.widths), height, width, maps.inner, tags[1].itemsize, band

@@ -48,8 +48,10 @@ from .tables import (
 MAP, START, STOP, CHANNEL, CHANNEL_STOP, TOP, BOTTOM = np.arange(7)
 TASK_COLUMNS = np.int64(7)
 
+BANDS = 4  # that a large map has at least, for each thread
 BAND = 2**20  # most numbers of a band
 LEAST = 2**15  # that are worth a band of their own
+MANY = 500  # RoIs, from where on a thread is worth a band though RoIs that reach into two are laid twice
 WORTH_TABLES = 16  # bins, of all channels of a band, that laying the tables of a RoI anew is worth
 
 
@@ -59,7 +61,7 @@ def cut(
     bounds: Sequence[int],
     channels: int,
     bins: int,
-    wanted: int,
+    threads: int,
 ) -> tuple["array[int]", int]:
     """Cut gradient maps into bands of rows of some channels.
 
@@ -69,7 +71,7 @@ def cut(
         bounds: the first RoI of each map, and of the one after the last.
         channels: C.
         bins: of a RoI.
-        wanted: how many bands there should be at least of a large map.
+        threads: that take bands.
 
     Returns:
         A row per task, and the most numbers of a band.
@@ -82,9 +84,12 @@ def cut(
         grad = grads[home % len(mine)]
         inner = channels if channels > 1 and grad.stride(1) == 1 else 1
         height, length = grad.shape[2], max(grad.shape[3] * inner, -(-inner // LANES) * LANES)
-        least = max(LEAST, min(together, channels // inner) * height * length)
-        whole = min(BAND, max(least, channels // inner * height * length // wanted))  # numbers
-        planes = min(channels // inner, max(1, whole // (height * length)))
+        plane, planes = height * length, channels // inner
+        least = max(LEAST, min(together, planes) * plane)
+        if bounds[home + 1] - bounds[home] >= MANY:
+            least = min(least, -(-height // threads) * planes * length)
+        whole = min(BAND, max(least, planes * plane // (BANDS * threads)))  # numbers
+        planes = min(planes, max(1, whole // plane))
         rows = min(height, max(1, whole // (planes * length)))
         most = max(most, planes * rows * length)
         for c in range(0, channels, planes * inner):
