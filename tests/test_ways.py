@@ -160,14 +160,15 @@ def test_maps_of_both_layouts_in_one_call():
 def packed_by(monkeypatch, feature, boxes, size):
     """Cells, of 16 channels, that are packed by a call."""
     jobs, run = [], engine._run
-    monkeypatch.setattr(engine, "_run", lambda *args: jobs.append(run(*args)))
-    roi_align(feature, boxes, size, 1.0, 2)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_run", lambda *args: jobs.append(run(*args)))
+        roi_align(feature, boxes, size, 1.0, 2)
     return sum(job[forward.Job._fields.index("packed")] for job in jobs)
 
 
 @pytest.mark.parametrize("count", [20, 200])
-def test_no_output_size_makes_a_cell_be_packed_twice(monkeypatch, count):
+def test_no_output_size_makes_a_cell_be_packed_twice(monkeypatch, way, count):
+    way(engine.PACKED)
     feature = torch.rand(1, 32, 100, 160)
     boxes = boxes_on(100, 160, count)
     cells = 100 * 160 * 2  # blocks of 16 channels
@@ -187,10 +188,11 @@ def test_no_output_size_makes_a_cell_be_packed_twice(monkeypatch, count):
 def test_the_way_is_chosen_by_channels_layout_and_boxes():
     assert engine._way(256, True, 1) == engine._way(64, True, 10**6) == engine.DIRECT
     assert engine._way(3, False, 10**6) == engine._way(15, True, 10**6) == engine.PLANES
-    assert engine._way(256, False, 1) == engine._way(32, True, 100) == engine.PLANES
-    assert engine._way(256, False, 1000) == engine._way(32, True, 1000) == engine.PACKED
-    assert engine._backward_way(3, 10**6) == engine._backward_way(256, 1) == engine.PLANES
-    assert engine._backward_way(16, 1000) == engine.PACKED
+    assert engine._way(256, False, 8) == engine._way(32, True, 80) == engine.PLANES
+    assert engine._way(256, False, 16) == engine._way(32, True, 100) == engine.PACKED
+    assert engine._backward_way(3, False, 10**6) == engine._backward_way(256, False, 1) == engine.PLANES
+    assert engine._backward_way(256, True, 100) == engine.PLANES
+    assert engine._backward_way(16, False, 1000) == engine._backward_way(16, True, 1000) == engine.PACKED
 
 
 def test_a_box_that_cannot_be_pooled_is_nan_in_every_way(way):

@@ -41,7 +41,9 @@ _ROOM_TURNED = 2**19  # and twice that where they are turned around too
 _KEPT = 16 * 2**20  # bytes of rings that are kept from some tables to the next
 _TASKS_PER_THREAD = 4
 DIRECT, PACKED, PLANES = "direct", "packed", "planes"
-FEW, FEW_INNERMOST, FEW_BACKWARD = 16, 128, 8  # RoIs, from where on sharing pays
+# RoIs times channels from where on sharing pays; backward, and where a cell is long in memory.
+FEW, FEW_BACKWARD, FEW_BACKWARD_LONG = 3000, 1024, 2**15
+LONG = 128  # channels
 
 Array = NDArray[np.int64]
 
@@ -101,8 +103,7 @@ def _way(channels: int, innermost: bool, rois: int) -> str:
     """
     if innermost and channels >= int(direct_kernel.WIDE):
         return DIRECT
-    few = FEW_INNERMOST if innermost else FEW
-    return PLANES if channels < LANES or rois < few else PACKED
+    return PLANES if channels < LANES or rois * channels < FEW else PACKED
 
 
 def _forward_planes(
@@ -160,7 +161,7 @@ def _forward_in_place(
     most = max(int(direct_kernel.CELLS), t.x_taps)
     entries = direct_kernel.entries(most, out.shape[1], out.shape[3])
     tasks = math.ceil(t.number / direct_kernel.ROIS)
-    line, work = max(most, out.shape[3] + 1), t.taps * out.shape[1]
+    line, work = max(most, out.shape[3] + 1), _work(t, out.shape[1])
     scratch = _scratch(line, entries, tags)
     _run(direct_kernel.run, direct_kernel.Job, tags, (*job, t.number, *rest), scratch, tasks, work, arena)
 
@@ -177,7 +178,7 @@ def _forward_packed(
         t.number, rest[0], t.homes, t.ys, t.xs, most, groups, others
     )
     entries = forward_kernel.entries(cells, t.columns, out.shape[3])
-    line, work = max(t.rows, t.columns, *out.shape[2:]) + 1, t.taps * out.shape[1]
+    line, work = max(t.rows, t.columns, *out.shape[2:]) + 1, _work(t, out.shape[1])
     job = (0, *job, groups, number, *rest)
     scratch = _scratch(line, entries, tags)
     if number:
@@ -199,7 +200,8 @@ def backward(
         maps = describe_maps(grads, layouts, tuple(g.dtype == dtype for g in grads))
         tags = _TAG[dtype], _WORK[rois.dtype], _TAG[grad.dtype]
         survey, _lost = take_survey(rois, levels, maps, pooling, tags[1], arena)
-        if _backward_way(grad.shape[1], len(rois)) is PLANES:
+        innermost = all(g.stride(1) == 1 for g in grads if g.dtype == dtype)
+        if _backward_way(grad.shape[1], innermost, len(rois)) is PLANES:
             _backward_planes(grads, grad, maps, survey, pooling, tags, arena)
         else:
             _Backward(grads, grad, maps, survey, tags, arena).run()
@@ -207,9 +209,13 @@ def backward(
     arena.give_back()
 
 
-def _backward_way(channels: int, rois: int) -> str:
-    """Likewise, of the adjoint; sums have the same bits in both ways."""
-    return PLANES if channels < LANES or rois < FEW_BACKWARD else PACKED
+def _backward_way(channels: int, innermost: bool, rois: int) -> str:
+    """Likewise, of the adjoint; sums have the same bits in both ways.
+
+    To write 16 channels of every cell at a time is slow where a cell has many side by side: planes write all.
+    """
+    few = FEW_BACKWARD_LONG if innermost and channels >= LONG else FEW_BACKWARD
+    return PLANES if channels < LANES or rois * channels < few else PACKED
 
 
 def _backward_planes(
@@ -317,7 +323,8 @@ class _Backward:
         xs = turn_around(t.xs, t, width, self.tags[1], self.arena)
         job = (*self.job, tasks.ctypes.data, len(tasks), self.survey.order + 8 * lo, ys, xs, channels)
         cells = sum(h * w for h, w in zip(self.maps.heights, self.maps.widths, strict=True))
-        work, line = (t.taps + cells * self.maps.images) * channels, max(t.rows, t.columns, height, width) + 1
+        work = _work(t, channels) + cells * self.maps.images * channels
+        line = max(t.rows, t.columns, height, width) + 1
         scratch = _scratch(line, entries, self.tags)
         _run(backward_kernel.run, backward_kernel.Job, self.tags, job, scratch, len(tasks), work, self.arena)
 
@@ -352,6 +359,11 @@ def _run(
     row = pack(kind(0, *job, offsets))
     threads.run(kernel, tags, at(row), tasks, size, work, arena)
     return row
+
+
+def _work(t: Tables, channels: int) -> int:
+    """About how many numbers of maps the RoIs of some tables read; most read less than the largest may."""
+    return t.number * channels * t.rows * t.columns // 4
 
 
 def _tasks_wanted() -> int:
