@@ -1,4 +1,4 @@
-"""Where the ways of the CPU engine cross: the table "Three ways" of docs/performance.md, and small shapes.
+"""Where the ways of the CPU engine cross: the table "Three ways" of docs/performance.md, small shapes, crops.
 
 Run: python benchmarks/ways.py
 """
@@ -7,8 +7,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torchvision
+from numba import njit
 
 import roialign
 from roialign.cpu import engine
@@ -95,6 +97,44 @@ def small() -> None:
                 print("backward" if backward else "forward", channels, f"{bins}x{bins}", *row, sep="  ")
 
 
+@njit(fastmath=True)
+def touch(numbers: np.ndarray, places: np.ndarray) -> float:
+    total = np.float32(0)
+    for place in places:
+        total += numbers[place]
+    return total
+
+
+def crops() -> None:
+    """32 crops of 14 x 14 of a photo, and what it takes to touch what they read, once each."""
+    channels, height, width, size, ratio = 3, 1080, 1920, 14, 2
+    photo = torch.rand(1, channels, height, width)
+    generator = torch.Generator().manual_seed(0)
+    extent = torch.tensor([width, height])
+    sides = (0.1 + 0.4 * torch.rand(32, 2, generator=generator)) * extent
+    corner = torch.rand(32, 2, generator=generator) * (extent - sides)
+    rois = torch.cat((torch.zeros(32, 1), corner, corner + sides), 1)
+    points = (torch.arange(size * ratio) + 0.5) / (size * ratio)
+    lines = []
+    for at, extent_of_roi in zip(corner.tolist(), sides.tolist(), strict=True):
+        low = [(a + points * s).long() for a, s in zip(at, extent_of_roi, strict=True)]
+        x, y = (torch.cat((cells, cells + 1)).unique() for cells in low)
+        x = (x // 16 * 16).unique()  # the first number of each cache line
+        planes = torch.arange(channels) * height * width
+        lines.append((planes[:, None, None] + y[:, None] * width + x).flatten())
+    places, numbers = torch.cat(lines).numpy(), photo.flatten().numpy()
+    calls = [
+        lambda: touch(numbers, places),
+        lambda: roialign.roi_align(photo, rois, size, 1.0, ratio),
+        lambda: torchvision.ops.roi_align(photo, rois, size, 1.0, ratio),
+    ]
+    figures = [f"{time:.0f}" for time in medians(calls)]
+    torch.set_num_threads(1)
+    figures.append(f"{medians(calls)[1]:.0f}")
+    print(f"{len(places)} cache lines; touched, roialign, torchvision, roialign on one thread, us:", *figures)
+
+
 if __name__ == "__main__":
     small()
     ways()
+    crops()

@@ -89,7 +89,7 @@ def cut(
         if bounds[home + 1] - bounds[home] >= MANY:
             least = min(least, -(-height // threads) * planes * length)
         whole = min(BAND, max(least, planes * plane // (BANDS * threads)))  # numbers
-        planes = min(planes, max(1, whole // plane))
+        planes = min(planes, max(together, whole // plane))
         rows = min(height, max(1, whole // (planes * length)))
         most = max(most, planes * rows * length)
         for c in range(0, channels, planes * inner):
