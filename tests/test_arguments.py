@@ -29,7 +29,7 @@ def compressed() -> Tensor:
 def quantised() -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.quantize_per_tensor(torch.rand(2, 3, 8, 8), 0.1, 0, torch.quint8)
+        return torch.quantize_per_tensor(torch.linspace(0, 25, 384).reshape(2, 3, 8, 8), 0.1, 0, torch.quint8)
 
 
 class Whole(int):
@@ -202,7 +202,7 @@ TAKEN = {
     "canonical_level": {"minus one": -1, "zero": 0},
     "scales": dict.fromkeys(PAIRS, (2, 3)) | dict.fromkeys(PAIRS_OF_FLOATS, (0.5, 0.25)),
     "featmap_names": dict.fromkeys(("keys", "generator", "array of strings"), ("a", "b")),
-    "boxes": {"empty list": []},
+    "boxes": {"empty list": [], "tensor of rank 3": list(torch.zeros(2, 3, 4))},
     "image_shapes": {"array of rank 2": [(64, 64)], "nested list": [(1, 2), (3, 4)]},
     "levels": {"None": None},
     "map_levels": {"None": None},
@@ -213,7 +213,11 @@ TAKEN["k_min"] = TAKEN["sampling_ratio"]
 TAKEN["k_max"] = dict.fromkeys(("NumPy integer", "array of rank 0", "tensor of rank 0"), 2)
 TAKEN["eps"] = TAKEN["canonical_level"]
 TAKEN["boxlists"] = {"empty list": []}
-TAKEN_BY = {"MultiScaleRoIAlign": {"scales": {"None": None}}}
+TAKEN_BY = {
+    "MultiScaleRoIAlign": {"scales": {"None": None}},
+    "roi_align": {"input": {"quantised map": quantised()}},
+    "RoIAlign": {"input": {"quantised map": quantised()}},
+}
 
 
 def wrong(name: str, argument: str, kind: str) -> str | None:

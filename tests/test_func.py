@@ -165,15 +165,6 @@ def test_compiled_gradient():
         torch.testing.assert_close(actual, e)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.:FutureWarning", "ignore::torch.jit.TracerWarning")
-def test_jit_trace():
-    feature, boxes = maps()[0], random_boxes([3], image_size=SIZE)[0]
-    traced = torch.jit.trace(lambda f, b: roialign.roi_align(f, [b], 2, 1 / 4, 2), (feature, boxes))
-    for count in (0, 1, 7):
-        other = random_boxes([count], image_size=SIZE, seed=1)[0]
-        assert torch.equal(traced(feature, other), roialign.roi_align(feature, [other], 2, 1 / 4, 2))
-
-
 # forward mode and batches of gradients, without and with torch.func; boxes close over
 
 

@@ -83,7 +83,12 @@ MULTISCALE = [
         "features[1] must be on the device of features[0], cpu, got meta",
     ),
     # boxes
-    ({"boxes": BOXES[0]}, TypeError, "boxes must be a list with a tensor (L, 4) per image, got Tensor"),
+    (
+        {"boxes": BOXES[0]},
+        ValueError,
+        "boxes must be a list with a tensor (L, 4) per image, or one tensor (N, L, 4), "
+        f"got one of shape {tuple(BOXES[0].shape)} for 2 images",
+    ),
     ({"boxes": {0: BOXES[0]}}, TypeError, "boxes must be a list with a tensor (L, 4) per image, got dict"),
     ({"boxes": [[0, 0, 8, 8]]}, TypeError, "boxes[0] must be a tensor, got list"),
     ({"boxes": [BOXES[0], torch.zeros(3, 5)]}, ValueError, "boxes[1] must have shape (L, 4), got (3, 5)"),
@@ -168,7 +173,13 @@ SINGLE = [
         TypeError,
         "input must be float32, float64, float16 or bfloat16, got torch.int32; convert it with .float()",
     ),
-    ({"boxes": torch.zeros(3, 4)}, ValueError, "boxes must have shape (K, 5), got (3, 4)"),
+    ({"boxes": torch.zeros(3, 6)}, ValueError, "boxes must have shape (K, 5), got (3, 6)"),
+    (
+        {"boxes": torch.zeros(3, 4)},
+        ValueError,
+        "boxes must be a list with a tensor (L, 4) per image, or one tensor (N, L, 4), "
+        "got one of shape (3, 4) for 2 images",
+    ),
     ({"boxes": [torch.zeros(3, 5)]}, ValueError, "boxes[0] must have shape (L, 4), got (3, 5)"),
     ({"boxes": None}, TypeError, "boxes must be a list with a tensor (L, 4) per image, got None"),
     (
@@ -230,9 +241,9 @@ MODULE = [
         "image_shapes[1] must be (height, width), at least 1, got (0, 64)",
     ),
     (
-        {"image_shapes": [(3, 64, 64)]},
+        {"image_shapes": [(3, 64, 3)]},
         ValueError,
-        "image_shapes[0] must be (height, width), at least 1, got (3, 64, 64)",
+        "image_shapes[0] must be (height, width), or of an image of 1, 3 or 4 channels, got (3, 64, 3)",
     ),
     (
         {"scales": [1 / 4]},

@@ -80,6 +80,7 @@ def test_import_loads_torch_and_nothing_heavier(tmp_path):
             "mapper",
             "ops",
             "plain",
+            "portable",
             "pooler",
             "reference",
             "rois",

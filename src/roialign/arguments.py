@@ -149,19 +149,63 @@ def check_boxlists(boxlists: Iterable[Tensor]) -> Sequence[Tensor]:
     return boxlists
 
 
-def check_boxes_of_images(boxes: Iterable[Tensor], features: list[Tensor]) -> Sequence[Tensor]:
-    """One tensor `(L, 4)` per image, of the images that the maps have."""
-    if isinstance(boxes, Tensor):
-        raise TypeError(f"boxes must be a list with a tensor (L, 4) per image, got {type(boxes).__name__}")
-    boxes = _items("boxes", boxes, "a list with a tensor (L, 4) per image")
+def check_boxes_of_images(boxes: Any, features: list[Tensor]) -> list[Tensor]:
+    """One tensor `(L, 4)` of `(x1, y1, x2, y2)` per image, of the images that the maps have.
+
+    A tensor `(N, L, 4)` holds one per image, and one `(L, 4)` is the one of a single image.
+    """
     images = features[0].shape[0]
+    if hasattr(boxes, "ndim"):
+        boxes = _boxes_in_one("boxes", boxes, images)
+    boxes = _items("boxes", boxes, "a list with a tensor (L, 4) per image")
     if len(boxes) > images:
         raise ValueError(
             f"boxes must hold at most one tensor per image, got {len(boxes)} for {images} images"
         )
+    checked = []
     for i, b in enumerate(boxes):
-        check_boxes(f"boxes[{i}]", b, 4, features[0])
-    return boxes
+        corners = b if type(b) is Tensor else _corners(f"boxes[{i}]", b, features[0].device)
+        check_boxes(f"boxes[{i}]", corners, 4, features[0])
+        checked.append(corners)
+    return checked
+
+
+def are_boxes_of_images(boxes: Tensor) -> bool:
+    """Whether one tensor holds boxes `(x1, y1, x2, y2)` image by image, rather than rois."""
+    return boxes.is_nested or boxes.dim() == 3 or boxes.shape[-1:] == (4,)
+
+
+def _boxes_in_one(label: str, boxes: Any, images: int) -> list[Any]:
+    """The boxes of each image, where one tensor or array has those of all."""
+    if getattr(boxes, "is_nested", False):
+        raise TypeError(f"{label} must be a list with a tensor (L, 4) per image, got {_layout(boxes)}")
+    if boxes.ndim == 3 and boxes.shape[2] == 4:
+        return [boxes[i] for i in range(boxes.shape[0])]
+    if boxes.ndim == 2 and boxes.shape[1] == 4 and images == 1:
+        return [boxes]
+    raise ValueError(
+        f"{label} must be a list with a tensor (L, 4) per image, or one tensor (N, L, 4), "
+        f"got one of shape {tuple(boxes.shape)} for {images} images"
+    )
+
+
+def _corners(label: str, boxes: Any, device: torch.device) -> Any:
+    """Boxes of an array, or of torchvision's `BoundingBoxes`, as a tensor of `(x1, y1, x2, y2)`."""
+    if not isinstance(boxes, Tensor):
+        return torch.as_tensor(boxes, device=device) if hasattr(boxes, "__array_interface__") else boxes
+    kind = getattr(boxes, "format", None)
+    if kind is None:
+        return boxes
+    boxes = boxes.as_subclass(Tensor)
+    name = getattr(kind, "value", kind)
+    if name == "XYXY":
+        return boxes
+    if name not in ("XYWH", "CXCYWH"):
+        raise ValueError(f"{label} must be boxes with sides along the axes, got format {name}")
+    x, y, w, h = boxes.unbind(-1)
+    if name == "CXCYWH":
+        x, y = x - w / 2, y - h / 2
+    return torch.stack((x, y, x + w, y + h), -1)
 
 
 def check_levels(label: str, levels: Tensor, boxes: int, device: torch.device) -> Tensor:
@@ -246,7 +290,7 @@ def check_image_shapes(image_shapes: Any, images: int) -> list[tuple[int, int]]:
     """`(height, width)` of each image, in whole pixels."""
     if image_shapes is None:
         raise ValueError("image_shapes must be given unless scales are, got None")
-    shapes = _items("image_shapes", image_shapes, "a list with (height, width) per image")
+    shapes = _sequence("image_shapes", image_shapes, "a list with (height, width) per image")
     if len(shapes) == 0 and images > 0:
         raise ValueError(
             f"image_shapes must hold the size of each image, got none for {images} boxes tensors"
@@ -255,13 +299,25 @@ def check_image_shapes(image_shapes: Any, images: int) -> list[tuple[int, int]]:
 
 
 def _image_shape(label: str, shape: Any) -> tuple[int, int]:
-    size = _items(label, shape, "(height, width)")
+    size = _sequence(label, shape, "(height, width)")
+    if len(size) == 3:
+        size = _of_image(label, size)
     if len(size) != 2:
         raise ValueError(f"{label} must be (height, width), at least 1, got {tuple(size)}")
     height, width = _pixels(label, size[0]), _pixels(label, size[1])
     if height < 1 or width < 1:
         raise ValueError(f"{label} must be (height, width), at least 1, got {tuple(size)}")
     return height, width
+
+
+def _of_image(label: str, shape: Sequence[Any]) -> Sequence[Any]:
+    """`(height, width)` of the shape of an image: `(C, H, W)` or `(H, W, C)`, of 1, 3 or 4 channels."""
+    first, last = (_integer(side) in (1, 3, 4) for side in (shape[0], shape[2]))
+    if first == last:
+        raise ValueError(
+            f"{label} must be (height, width), or of an image of 1, 3 or 4 channels, got {tuple(shape)}"
+        )
+    return shape[1:] if first else shape[:2]
 
 
 def _pixels(label: str, side: Any) -> int:
@@ -289,6 +345,13 @@ def _items(argument: str, value: Any, rule: str) -> Sequence[Any]:
     if not isinstance(items, list):
         raise TypeError(f"{argument} must be {rule}, got {_shown(value)}")
     return items
+
+
+def _sequence(argument: str, value: Any, rule: str) -> Sequence[Any]:
+    """Likewise, also of what can only be indexed, which is all that torchvision asks."""
+    kind = type(value)
+    indexed = not isinstance(value, Iterable) and hasattr(kind, "__getitem__") and hasattr(kind, "__len__")
+    return _items(argument, list(value) if indexed else value, rule)
 
 
 def _integer(value: Any) -> int | None:

@@ -1,11 +1,12 @@
 """The functional form: have the arguments checked, call one operator."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import arguments
+from . import arguments, portable
 from . import ops as ops  # which others reach by this name
 from .levels import infer_scales, staircase
 from .rois import boxes_to_rois, in_dtype, working_dtype
@@ -103,8 +104,11 @@ def roi_align(
         ValueError: a wrong shape, size, number or device; on the CPU also an image index outside
             `[0, N)`. On other devices, where looking would cost a synchronisation, that RoI is NaN.
     """
+    if isinstance(input, Tensor) and input.is_quantized:
+        how = output_size, spatial_scale, sampling_ratio, aligned
+        return _roi_align_quantized(input, boxes, *how)
     features = arguments.check_features("input", [input])
-    if isinstance(boxes, Tensor):
+    if isinstance(boxes, Tensor) and not arguments.are_boxes_of_images(boxes):
         arguments.check_boxes("boxes", boxes, 5, features[0])
         rois = in_dtype(boxes, working_dtype(features))
     else:
@@ -152,6 +156,24 @@ def pool_named_maps(
     )
 
 
+def _roi_align_quantized(input: Tensor, boxes: Tensor | Sequence[Tensor], *how: Any) -> Tensor:
+    """Pool the numbers that a quantised map stands for, and quantise the result as the map is."""
+    if input.qscheme() != torch.per_tensor_affine:
+        raise TypeError(f"input must be quantised per tensor, got {input.qscheme()}")
+    lists = [boxes] if isinstance(boxes, Tensor) else boxes
+    plain = [b.dequantize() if b.is_quantized else b for b in lists]
+    pooled = roi_align(input.dequantize(), plain[0] if isinstance(boxes, Tensor) else plain, *how)
+    return torch.quantize_per_tensor(pooled, input.q_scale(), input.q_zero_point(), input.dtype)
+
+
+# What TorchScript compiles where these functions are called.
+for _function, _form in (
+    (roi_align, portable.roi_align),
+    (multiscale_roi_align, portable.multiscale_roi_align),
+):
+    setattr(_function, "__prepare_scriptable__", lambda form=_form: form)  # noqa: B010
+
+
 def _pool(
     features: list[Tensor],
     rois: Tensor,
@@ -168,6 +190,9 @@ def _pool(
     aligned = arguments.check_flag("aligned", aligned)
     canonical_scale = arguments.check_positive("canonical_scale", canonical_scale)
     canonical_level = arguments.check_number("canonical_level", canonical_level)
+    if portable.is_leaving():
+        how = list(size), list(scales), max(ratio, 0), aligned, canonical_scale, canonical_level
+        return portable.pool(features, rois, levels, *how)
     steps = staircase(scales, canonical_scale, canonical_level, rois.dtype)
     return ops.pool(features, rois, levels, Pooling(size, scales, max(ratio, 0), aligned, *steps))
 

@@ -4,9 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from . import arguments, functional  # as a module, so that torch.fx finds the functions it keeps whole
+# As modules, so that torch.fx finds the functions it keeps whole.
+from . import arguments, functional, portable
 
 # By name: torchvision need not be installed, nor its class stand where it stood.
 LEVEL_MAPPERS = ("torchvision.ops.poolers.LevelMapper", "roialign.mapper.LevelMapper")
@@ -99,19 +101,44 @@ class MultiScaleRoIAlign(nn.Module):
             ValueError: no map is named in `featmap_names`; a wrong shape, number or device; more
                 boxes tensors than images; `image_shapes` missing when needed, or at odds with `scales`.
         """
-        return functional.pool_named_maps(
-            x,
-            boxes,
-            image_shapes,
-            self.featmap_names,
-            self.output_size,
-            self.sampling_ratio,
-            self.canonical_scale,
-            self.canonical_level,
-            self.aligned,
-            self.scales,
-            self.map_levels,
-        )
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return portable.pool_named_maps(
+                x,
+                boxes,
+                image_shapes,
+                self.featmap_names,  # type: ignore[arg-type]
+                self.output_size,
+                self.sampling_ratio,
+                float(self.canonical_scale),
+                float(self.canonical_level),
+                self.aligned,
+                self.scales,
+            )
+        else:  # noqa: RET505 - else TorchScript compiles it, too
+            return functional.pool_named_maps(
+                x,
+                boxes,
+                image_shapes,
+                self.featmap_names,
+                self.output_size,
+                self.sampling_ratio,
+                self.canonical_scale,
+                self.canonical_level,
+                self.aligned,
+                self.scales,
+                self.map_levels,
+            )
+
+    def __prepare_scriptable__(self) -> "MultiScaleRoIAlign":
+        """The module, if TorchScript can compile it; called by `torch.jit.script`."""
+        _check_scriptable(self)
+        if self.map_levels is not None:
+            raise TypeError("map_levels must be None in TorchScript, which cannot call it; use torch.export")
+        if not isinstance(self.scales, (list, type(None))):
+            raise TypeError(f"scales must be a list in TorchScript, one number per map, got {self.scales!r}")
+        if not isinstance(self.featmap_names, list):
+            raise TypeError(f"featmap_names must be a list in TorchScript, got {self.featmap_names!r}")
+        return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = state if "aligned" in state else from_torchvision(state)
@@ -124,13 +151,21 @@ class MultiScaleRoIAlign(nn.Module):
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)}' for name in shown)})"
 
 
+def _check_scriptable(module: nn.Module) -> None:
+    if not portable.is_available():
+        raise RuntimeError(
+            f"torch.jit.script compiles a {type(module).__name__} to torchvision's operator, and torchvision "
+            "is not installed; use torch.export"
+        )
+
+
 def from_torchvision(state: dict[str, Any]) -> dict[str, Any]:
     """The state of a `torchvision.ops.MultiScaleRoIAlign` as one of ours, without what it inferred."""
-    inferred = {"scales": None, "map_levels": None} if _inferred(state) else {}
+    inferred = {"scales": None, "map_levels": None} if is_inferred(state) else {}
     return {**state, "aligned": False, **inferred}
 
 
-def _inferred(state: dict[str, Any]) -> bool:
+def is_inferred(state: dict[str, Any]) -> bool:
     """Whether torchvision inferred scales and mapper, rather than a user set them by hand."""
     scales, mapper = state.get("scales"), state.get("map_levels")
     if scales is None or mapper is None:  # then torchvision infers both anew
@@ -181,6 +216,11 @@ class RoIAlign(nn.Module):
         return functional.roi_align(
             input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned
         )
+
+    def __prepare_scriptable__(self) -> "RoIAlign":
+        """Likewise."""
+        _check_scriptable(self)
+        return self
 
     def __repr__(self) -> str:
         shown = ("output_size", "spatial_scale", "sampling_ratio", "aligned")
