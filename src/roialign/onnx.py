@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from onnxscript import ir, opset18
+from onnxscript.function_libs.torch_lib import registration
 
 from . import schema
 from .schema import Pooling
@@ -19,6 +20,9 @@ _INT32, _INT64 = ir.DataType.INT32, ir.DataType.INT64
 
 def translation_table() -> dict[Any, Callable[..., Any]]:
     """The forward operator of this package in standard ONNX operators (opset 18 or later).
+
+    The import of this module is enough: it adds the translation to those that `torch.onnx.export` knows. The
+    table is for those who would rather say it.
 
     Returns:
         A table for `torch.onnx.export`: `custom_translation_table=roialign.onnx.translation_table()`,
@@ -106,3 +110,14 @@ def _levels(boxes: Any, pooling: Pooling, working: ir.DataType) -> Any:
         beyond = op.Cast(op.GreaterOrEqual(area, _number(threshold, working)), to=_INT64)
         index = op.Add(index, op.Mul(beyond, _number(coarser - finer, _INT64)))
     return index
+
+
+def _register() -> None:
+    """Add the translation to onnxscript's; that of an earlier import of this package is replaced."""
+    name = f"{schema.NAMESPACE}::multiscale_roi_align"
+    if name in registration.default_registry:
+        registration.default_registry[name].overloads.clear()
+    registration.torch_op(name, trace_only=True)(_multiscale_roi_align)
+
+
+_register()
