@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from . import __version__, bench, demo, doctor, warmup
+from . import __version__, bench, demo, doctor, runner, warmup
 
 # A command is a module with HELP, add_arguments(parser) and run(args) -> exit code. They import
 # nothing heavy before they run.
@@ -14,6 +14,7 @@ COMMANDS: dict[str, ModuleType] = {
     "doctor": doctor,
     "warmup": warmup,
     "bench": bench,
+    "run": runner,
 }
 
 

@@ -165,14 +165,28 @@ def engine_name(device: str) -> str:
 
 
 def setting_rows() -> list[tuple[str, str]]:
-    """Threads, and the folder of compiled kernels where the CPU engine has one."""
+    """Threads, the folder of compiled kernels where the CPU engine has one, and what torchvision runs."""
     rows = [("threads", f"{torch.get_num_threads()}, torch.get_num_threads()")]
     cache_folder = getattr(ops.engine("cpu"), "cache_folder", None)
     if cache_folder is not None:
         rows.append(
             ("kernel cache", str(cache_folder() or "none: kernels are compiled anew by every process"))
         )
+    if importlib.util.find_spec("torchvision") is not None:
+        rows.append(("torchvision's operators", _behind_torchvision()))
     return rows
+
+
+def _behind_torchvision() -> str:
+    try:
+        from .torchvision import is_installed
+    except Exception as error:
+        return f"torchvision is broken: {first_line(error)}"
+    return (
+        "run by roialign"
+        if is_installed()
+        else "its own; roialign.torchvision.install() puts ours behind them"
+    )
 
 
 def comparisons() -> list[str]:

@@ -129,6 +129,13 @@ def _check_pooling(pooling: Pooling, maps: int) -> None:
     )
 
 
+def check(features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, pooling: Pooling) -> None:
+    """Raise an error about arguments that no engine can take."""
+    _check_features(features)
+    _check_rois(rois, levels, [f.dtype for f in features], features[0].device)
+    _check_pooling(pooling, len(features))
+
+
 def _check_backward(grad: Tensor, rois: Tensor, levels: Tensor | None, maps: Maps, pooling: Pooling) -> None:
     shape, dtypes, channels_last = maps
     n = len(dtypes)
@@ -216,9 +223,7 @@ def scatter(grad: Tensor, rois: Tensor, levels: Tensor | None, maps: Maps, pooli
 
 def _forward(features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, *rest: Any) -> Tensor:
     pooling = Pooling(*rest)
-    _check_features(features)
-    _check_rois(rois, levels, [f.dtype for f in features], features[0].device)
-    _check_pooling(pooling, len(features))
+    check(features, rois, levels, pooling)
     return _pool(features, rois, levels, pooling)
 
 
