@@ -293,3 +293,13 @@ def test_doctor_says_so():
     assert "install()" in rows["torchvision's operators"]
     with install():
         assert dict(roialign.doctor.setting_rows())["torchvision's operators"] == "run by roialign"
+
+
+def test_a_pooler_whose_forward_was_patched(pooling):
+    """Which `convert_poolers` leaves as it is, with a warning."""
+    module = torchvision.ops.MultiScaleRoIAlign(NAMES, 3, 2)
+    expected, forward = module(*pooling), module.forward
+    module.forward = lambda x, boxes, shapes: 2 * forward(x, boxes, shapes)
+    with install():
+        assert "roialign::multiscale_roi_align" in operators_run(lambda: module(*pooling))
+        torch.testing.assert_close(module(*pooling), 2 * expected)
