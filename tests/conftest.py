@@ -18,7 +18,6 @@ settings.load_profile("ci")
 QUICK = {
     "test_arguments",
     "test_functional",
-    "test_layout",
     "test_levels",
     "test_parity",
     "test_pooler",
