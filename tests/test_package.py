@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 import pytest
+from test_style import COMMANDS
 
 import roialign
 
@@ -114,6 +115,11 @@ def test_changelog_and_citation_are_of_this_version():
     released = re.findall(r"^## \[(\d.*)\] - (.+)$", changelog, re.MULTILINE)
     assert released[0] == (roialign.__version__, date)
     assert f"\nversion: {roialign.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_hooks_run_the_commands_of_the_style_tests(tracked):
+    assert ".pre-commit-config.yaml" in tracked
+    assert re.findall(r"entry: (.+)", (ROOT / ".pre-commit-config.yaml").read_text()) == COMMANDS
 
 
 def test_the_quick_tests_pass_against_the_wheel(wheel, sdist, tmp_path):
