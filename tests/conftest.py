@@ -1,9 +1,11 @@
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+import roialign
 from roialign import ops
 
 # The same examples every time, or, with --hypothesis-profile=thousands or more, that many new ones.
@@ -11,6 +13,26 @@ settings.register_profile("ci", deadline=None, derandomize=True, max_examples=20
 settings.register_profile("thousands", deadline=None, max_examples=5000, print_blob=True)
 settings.register_profile("twenty-thousand", deadline=None, max_examples=20_000, print_blob=True)
 settings.load_profile("ci")
+
+# The files marked `quick`: each public function, judged by torchvision. A minute, with kernels to compile.
+QUICK = {
+    "test_arguments",
+    "test_functional",
+    "test_levels",
+    "test_parity",
+    "test_pooler",
+    "test_rois",
+}
+
+
+def pytest_report_header() -> str:
+    return f"roialign {roialign.__version__} in {Path(roialign.__file__).parent}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in QUICK:
+            item.add_marker("quick")
 
 
 def needs_torch(version: str, reason: str) -> pytest.MarkDecorator:

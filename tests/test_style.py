@@ -9,10 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "src").glob("**/*.py"))
+COMMANDS = ["ruff check .", "ruff format --check .", "mypy"]
 TESTS = sorted((ROOT / "tests").glob("**/*.py"))
 
 
-@pytest.mark.parametrize("command", ["ruff check .", "ruff format --check .", "mypy"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_tool_is_content(command):
     tool = command.split()[0]
     if importlib.util.find_spec(tool) is None:
