@@ -1,15 +1,19 @@
 """Programs in processes of their own, where faults are real."""
 
 import os
+import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).parent.parent / "src"
+ON_X86 = platform.machine() in ("x86_64", "AMD64")
+ACCESS_VIOLATION = 0xC0000005  # how Windows ends a process
 
 # What is pooled is right if it is what the reference pools.
 PRELUDE = """
-import os, resource, signal, threading, time
+import os, signal, threading, time
 import torch
 import roialign
 from roialign import ops, roi_align
@@ -40,15 +44,26 @@ def share_every_call():
 """
 
 
+def python_path(*first: object) -> str:
+    """Where a program looks for packages: there, and where those who started the tests said."""
+    return os.pathsep.join([*map(str, first), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def start(program: str, *, wrap: tuple[str, ...] = (), **environment: str) -> "subprocess.Popen[str]":
-    """Start a program in a process of its own."""
+    """Start a program in a process of its own; a `PYTHONPATH` given comes before that of the tests."""
+    path = python_path(environment.pop("PYTHONPATH", SOURCE))
     return subprocess.Popen(
         [*wrap, sys.executable, "-c", PRELUDE + program],
-        env={**os.environ, "PYTHONPATH": str(SOURCE), **environment},
+        env={**os.environ, **environment, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def killed(code: int) -> bool:
+    """Whether an exit code is that of a process that was ended because it used a wrong address."""
+    return code in (-signal.SIGSEGV, ACCESS_VIOLATION)
 
 
 def finish(process: "subprocess.Popen[str]", code: int = 0, seconds: float = 240) -> str:

@@ -3,13 +3,13 @@
 import functools
 import math
 import re
-import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 import torchvision.ops as peer
+from processes import ON_X86, killed
 
 import roialign
 from roialign.testing import hostile_boxes, pyramid, random_boxes
@@ -69,9 +69,10 @@ def test_box_that_is_not_finite_has_no_gradient(strides, ratio):
         torch.testing.assert_close(a, e, rtol=0, atol=0)
 
 
+@pytest.mark.skipif(not ON_X86, reason="NaN becomes the cell -2^31 on x86 alone; on ARM it becomes cell 0")
 def test_peer_is_killed_by_nan_in_a_box():
     done = run_peer("peer.roi_align(torch.rand(1, 2, 16, 16), torch.tensor([[0, nan, 0, 8, 8]]), 2, 1.0, 2)")
-    assert done.returncode == -signal.SIGSEGV
+    assert killed(done.returncode)
 
 
 # image index out of range in (K, 5)
@@ -90,7 +91,7 @@ def test_image_index_out_of_range(index, shown):
 
 def test_peer_is_killed_by_an_image_index_out_of_range():
     done = run_peer("peer.roi_align(torch.rand(1, 2, 16, 16), torch.tensor([[1e6, 0, 0, 8, 8]]), 2, 1.0, 2)")
-    assert done.returncode == -signal.SIGSEGV
+    assert killed(done.returncode)
 
 
 # more lists of boxes than images
@@ -109,7 +110,7 @@ def test_peer_raises_nothing_for_more_lists_than_images():
         "x, boxes = {'0': torch.rand(1, 2, 16, 16)}, [torch.tensor([[0.0, 0, 8, 8]])] * 3\n"
         "print(len(peer.MultiScaleRoIAlign(['0'], 2, 2)(x, boxes, [(64, 64)] * 3)))"
     )
-    assert done.returncode == -signal.SIGSEGV or done.stdout == "3\n"
+    assert killed(done.returncode) or done.stdout == "3\n"
 
 
 # boxes inside out or without area

@@ -2,13 +2,13 @@
 
 import json
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torchvision
+from processes import ON_X86, killed
 
 PAGE = (Path(__file__).parent.parent / "docs" / "bugs.md").read_text()
 OUTPUT = r"\n\n{0}:\n\n```text\n(?P<{0}>(?:(?!```).)*)```"
@@ -84,4 +84,6 @@ def test_what_torchvision_prints():
 @torchvision_of_the_page
 @pytest.mark.parametrize("code", [s["code"] for s in SNIPPETS if s["torchvision"] == CRASH])
 def test_what_kills_torchvision(code):
-    assert run("torchvision.ops", [code]).returncode == -signal.SIGSEGV
+    if "nan" in code and not ON_X86:
+        pytest.skip("NaN becomes the cell -2^31 on x86 alone; on ARM it becomes cell 0")
+    assert killed(run("torchvision.ops", [code]).returncode)

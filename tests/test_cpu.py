@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -182,6 +183,22 @@ def test_a_small_block_does_not_serve_a_large_result_nor_the_reverse():
     gc.collect()
     again = memory.empty((1, 2, 1024, 1024), torch.float32, torch.device("cpu"), False)
     assert again.data_ptr() == address
+
+
+@pytest.mark.parametrize("page", [2**12, 2**14, 2**16])
+def test_advice_is_given_for_whole_pages_of_the_system(page, monkeypatch):
+    """4 kB as on most, 16 kB as on some ARM, 64 kB as on others: the kernel refuses all else."""
+    given = []
+    monkeypatch.setattr(memory, "_madvise", lambda *arguments: given.append(arguments))
+    monkeypatch.setattr("mmap.PAGESIZE", page)
+    block = np.empty(4 * 2**20, np.uint8)[8:]
+    memory._prefer_huge_pages(block)
+    ((start, size, advice),) = given
+    assert start % page == size % page == 0
+    begin = block.ctypes.data
+    assert begin <= start < begin + page
+    assert begin + len(block) - page < start + size <= begin + len(block)
+    assert advice == 14  # MADV_HUGEPAGE
 
 
 def test_kernels_that_cannot_be_kept_are_compiled_all_the_same(monkeypatch, caplog):

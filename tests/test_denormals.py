@@ -1,7 +1,5 @@
 """torch.set_flush_denormal, which PyTorch sets for the thread that calls it alone."""
 
-import sys
-
 import pytest
 from processes import run
 
@@ -51,7 +49,6 @@ assert_threads_agree()
 }
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the helpers of processes.py are for Unix")
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS.keys())
 def test_the_number_of_threads_does_not_matter(order):
     printed = run(SMALL + order, seconds=100)

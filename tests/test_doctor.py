@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from processes import SOURCE
+from processes import SOURCE, python_path
 
 import roialign
 from roialign import doctor, ops, reference
@@ -115,7 +115,7 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="there are no such si
 def test_an_engine_that_ends_the_process_is_reported_and_the_rest_is_checked(tmp_path):
     what = "print('LLVM ERROR: no symbol', file=sys.stderr, flush=True); os.abort()"
     (tmp_path / "sitecustomize.py").write_text(DYING.format(what=what))
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{SOURCE}"}
+    environment = os.environ | {"PYTHONPATH": python_path(tmp_path, SOURCE)}
     command = [sys.executable, "-m", "roialign", "doctor"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     printed = " ".join(done.stdout.split())
@@ -134,7 +134,7 @@ def test_an_engine_that_ends_the_process_is_reported_and_the_rest_is_checked(tmp
 )
 def test_how_a_process_ended_is_told(what, how, monkeypatch, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(DYING.format(what=what))
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{SOURCE}")
+    monkeypatch.setenv("PYTHONPATH", python_path(tmp_path, SOURCE))
     (check,) = doctor.outcomes(["cpu float16"])
     assert check == ("cpu float16 with the reference in float64", f"FAILED: the process {how}", False)
 

@@ -102,6 +102,7 @@ def test_a_full_disk(tmp_path):
 def test_files_that_may_not_grow(tmp_path):
     """As a full disk, where no mount is allowed."""
     program = """
+import resource
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 assert_right()
@@ -172,7 +173,7 @@ assert_right(both)
 from roialign import doctor
 print(doctor.engine_rows()[0])
 """
-    printed = run(program, PYTHONPATH=f"{tmp_path}:{SOURCE}")
+    printed = run(program, PYTHONPATH=f"{tmp_path}{os.pathsep}{SOURCE}")
     assert printed.count(SLOW) == 1
     assert "roialign.cpu.engine cannot be used" in printed
 
@@ -185,7 +186,7 @@ def test_a_broken_triton(tmp_path):
     """The CPU engine does not care; a GPU would be served by the reference, with a warning."""
     (tmp_path / "triton.py").write_text("raise RuntimeError('no driver')")
     program = "assert_right(both); print(ops.engine('cuda').__name__)"
-    printed = run(program, PYTHONPATH=f"{tmp_path}:{SOURCE}")
+    printed = run(program, PYTHONPATH=f"{tmp_path}{os.pathsep}{SOURCE}")
     assert printed.count(SLOW) == 1
     assert "RuntimeError: no driver" in printed
     assert printed.splitlines()[0] == "roialign.reference" or "roialign.reference" in printed

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import SOURCE, python_path
 
 from roialign import ops
 
@@ -21,10 +22,9 @@ SIDES = ("before", "after")
 
 
 def run(*command: str) -> tuple[int, str, str]:
-    path = os.pathsep.join((str(TESTS.parent / "src"), str(TESTS)))
     done = subprocess.run(
         [sys.executable, "-W", "error", *command],
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": python_path(SOURCE, TESTS)},
         capture_output=True,
         text=True,
         timeout=600,

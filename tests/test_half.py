@@ -1,10 +1,8 @@
 """float16 on any processor: converted by an instruction, or by integer arithmetic where there is none."""
 
-import platform
-
 import pytest
 import torch
-from processes import run
+from processes import ON_X86, run
 
 numba = pytest.importorskip("numba")
 
@@ -15,9 +13,7 @@ from roialign.cpu import half, simd  # noqa: E402
 F32, F16 = simd.TAGS["float32"], simd.TAGS["float16"]
 LANES = simd.LANES
 
-only_x86 = pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64"), reason="other processors all have the instruction"
-)
+only_x86 = pytest.mark.skipif(not ON_X86, reason="other processors all have the instruction")
 
 # Pools every half and many float32 through maps of one cell, which are read with a weight of 1: what comes
 # out is what went in, widened or rounded. Among the float32 are each half, the ties, and their neighbours.

@@ -256,6 +256,7 @@ time.sleep(1)
 
 def test_memory_that_is_not_there():
     program = """
+import resource
 share_every_call()
 assert_right(both)
 in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

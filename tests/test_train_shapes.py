@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import python_path
 
 for name in ("matplotlib", "pycocotools", "rich", "torchvision"):
     pytest.importorskip(name)
@@ -210,10 +211,9 @@ sys.exit(train_shapes.main())
 def torchrun(script, *arguments):
     """Two processes, as `torchrun --nproc-per-node 2` starts them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [*command, str(script), *arguments],
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": python_path(EXAMPLES)},
         capture_output=True,
         text=True,
         timeout=300,

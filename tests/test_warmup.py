@@ -54,20 +54,20 @@ import itertools, sys
 import torch, roialign
 from roialign import ops
 
-def pool(dtype, layout, ratio, channels):
+def pool(dtype, layout, ratio, channels, count):
     maps = [torch.rand(2, channels, 32 >> k, 32 >> k).to(dtype).to(memory_format=layout) for k in (0, 1)]
     x = {k: f.requires_grad_() for k, f in enumerate(maps)}
-    boxes = [torch.rand(5, 4) * 60, torch.rand(0, 4)]
+    boxes = [torch.rand(count, 4) * 60, torch.rand(0, 4)]
     pooler = roialign.MultiScaleRoIAlign([0, 1], 7, ratio)
     yield maps, pooler(x, boxes, [(128, 128)] * 2)
     yield maps[:1], roialign.roi_align(x[0], [b.to(dtype) for b in boxes], 3, 0.25, ratio, True)
-    yield maps[:1], roialign.roi_align(x[0], torch.rand(5, 5).double(), 3, 0.25, ratio)
-    levels = torch.zeros(5, dtype=torch.int64)
+    yield maps[:1], roialign.roi_align(x[0], torch.rand(count, 5).double(), 3, 0.25, ratio)
+    levels = torch.zeros(count, dtype=torch.int64)
     given = {"scales": [0.25, 0.125], "levels": levels}
     yield maps, roialign.multiscale_roi_align(maps, boxes, 2, sampling_ratio=ratio, **given)
 
 layouts = (torch.contiguous_format, torch.channels_last)
-for call in itertools.product(ops.DTYPES, layouts, (0, 3), (1, 3, 16, 40, 64, 200)):
+for call in itertools.product(ops.DTYPES, layouts, (0, 3), (1, 3, 16, 40, 64, 200), (5, 200)):
     for maps, pooled in pool(*call):
         for layout in layouts:
             grad = torch.rand_like(pooled).contiguous(memory_format=layout)
@@ -86,7 +86,7 @@ print("kernels", sum(bool(kernel.signatures) for kernel in found.values()))
 
 
 def test_what_is_warm_leaves_nothing_to_compile(warm):
-    """Whatever is called first: any dtype, layout, grid, number of channels and gradient."""
+    """Whatever is called first: any dtype, layout, grid, number of channels and boxes, and gradient."""
     cache, _ = warm
     before = kept(cache)
     environment = os.environ | {"NUMBA_CACHE_DIR": str(cache)}

@@ -107,25 +107,31 @@ def variants(dtypes: Iterable[str]) -> list[Variant]:
 
 def compile_variant(variant: Variant) -> None:
     """Pool forward and backward from two tiny maps, which compiles or loads whatever that takes."""
-    boxes = [torch.tensor([[1.0, 1.0, 9.0, 9.0], [0.0, 0.0, 30.0, 30.0]])]
+    box = torch.tensor([[1.0, 1.0, 9.0, 9.0]])
     scales, ratio = [1 / 4, 1 / 8], GRIDS[variant.grid]
-    for channels in channel_counts():
+    for channels, boxes in sizes():
         features = [
             torch.zeros(1, channels, size, size, dtype=DTYPES[variant.dtype])
             .contiguous(memory_format=LAYOUTS[variant.layout])
             .requires_grad_()
             for size in (8, 4)
         ]
-        pooled = multiscale_roi_align(features, boxes, 2, scales=scales, sampling_ratio=ratio)
+        rois = [box.expand(boxes, 4)]
+        pooled = multiscale_roi_align(features, rois, 2, scales=scales, sampling_ratio=ratio)
         torch.autograd.grad(pooled, features, torch.zeros_like(pooled), retain_graph=True)
         torch.autograd.grad(pooled.sum(), features)  # whose gradient is one number, expanded
 
 
-def channel_counts() -> tuple[int, ...]:
-    """Numbers of channels that are served by different kernels: few, and as many as are read in place."""
-    from .cpu.direct import WIDE  # with Numba: not before it is needed
+def sizes() -> tuple[tuple[int, int], ...]:
+    """Numbers of channels and boxes that are served by different kernels.
 
-    return 1, int(WIDE)
+    Few; as many channels as are read in place; and, in the other layout, as many boxes as are worth sharing.
+    """
+    from .cpu.direct import WIDE  # with Numba: not before it is needed
+    from .cpu.engine import FEW, FEW_BACKWARD
+
+    wide = int(WIDE)
+    return (1, 1), (wide, -(-max(FEW, FEW_BACKWARD) // wide))
 
 
 def track(title: str, steps: Sequence[Step]) -> Iterator[Step]:

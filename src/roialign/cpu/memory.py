@@ -11,6 +11,7 @@ from what the collector runs - has another.
 
 import contextlib
 import ctypes
+import mmap
 import os
 import sys
 import weakref
@@ -148,7 +149,10 @@ _MOST_IDLE = _most_idle()
 def _find_madvise() -> Callable[[int, int, int], int] | None:
     if sys.platform != "linux":
         return None
-    madvise = ctypes.CDLL(None).madvise
+    try:
+        madvise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):  # a C library without it, or one that cannot be asked
+        return None
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return madvise
 
@@ -159,5 +163,6 @@ _madvise = _find_madvise()
 def _prefer_huge_pages(block: Block) -> None:
     """Ask the kernel for huge pages under a new block. Only ever advice."""
     if _madvise is not None:
-        start = -(-block.ctypes.data // 4096) * 4096
-        _madvise(start, (block.ctypes.data + len(block) - start) // 4096 * 4096, _MADV_HUGEPAGE)
+        page = mmap.PAGESIZE
+        start = -(-block.ctypes.data // page) * page
+        _madvise(start, (block.ctypes.data + len(block) - start) // page * page, _MADV_HUGEPAGE)
