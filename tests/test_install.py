@@ -303,3 +303,22 @@ def test_a_pooler_whose_forward_was_patched(pooling):
     with install():
         assert "roialign::multiscale_roi_align" in operators_run(lambda: module(*pooling))
         torch.testing.assert_close(module(*pooling), 2 * expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:RCNN always returns")
+def test_a_scripted_detector_from_the_disk(tmp_path):
+    torch.manual_seed(0)
+    model = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=96, box_score_thresh=0.0
+    ).eval()
+    torch.jit.script(model).save(str(tmp_path / "detector.pt"))
+    detector = torch.jit.load(str(tmp_path / "detector.pt"))
+    images = [torch.rand(3, 60, 80)]
+    with torch.no_grad():
+        (expected,) = detector(images)[1]
+        with install():
+            assert {"torchvision::roi_align"} <= operators_run(lambda: detector(images))
+            (found,) = detector(images)[1]
+    assert len(expected["boxes"]) > 0
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
