@@ -118,7 +118,7 @@ def test_half_maps_and_autocast(dtype, feature, rois):
     torch.testing.assert_close(pooled.float(), expected, rtol=2**-7, atol=2**-7)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:Please use:FutureWarning")
 def test_derivatives_of_all_kinds(feature):
     x = feature[:, :1, :6, :6].double().requires_grad_()
     few = torch.tensor([[0, 1, 1, 9, 14], [1, 0, 0, 19, 9]], dtype=torch.float64)

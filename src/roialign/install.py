@@ -106,7 +106,7 @@ def _override() -> Any:
     """Register our kernels; they stand before torchvision's until the library is destroyed."""
     if not hasattr(torch.ops.torchvision, "roi_align"):
         raise RuntimeError("torchvision must have its operators, got a build for another version of torch")
-    library = torch.library.Library("torchvision", "IMPL")  # type: ignore[no-untyped-call]
+    library: Any = torch.library.Library("torchvision", "IMPL")  # type: ignore[no-untyped-call]
     kernels: list[tuple[str, Callable[..., Any], str]] = []
     for device in _served():
         key = _KEYS[device]
@@ -123,7 +123,8 @@ def _override() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that kernels are overridden is what is wanted
         for name, kernel, key in kernels:
-            library.impl(name, kernel, key)  # type: ignore[no-untyped-call]
+            # Not by `impl` of the library, which keeps a list of its own and may refuse what is on it.
+            library.m.impl(name, key, kernel, False)
     return library
 
 
