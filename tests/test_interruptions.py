@@ -260,7 +260,11 @@ import resource
 share_every_call()
 assert_right(both)
 in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**28, in_use + 2**28))
+limit = (in_use + 2**28,) * 2
+resource.setrlimit(resource.RLIMIT_AS, limit)
+if resource.getrlimit(resource.RLIMIT_AS) != limit:
+    print("unlimited")
+    raise SystemExit
 for what in (feature, feature.clone().requires_grad_()):
     try:
         roi_align(what, [torch.cat(boxes * 1000)], 7, 0.25, 2)
@@ -268,4 +272,7 @@ for what in (feature, feature.clone().requires_grad_()):
         print("allocate" in str(error))
 assert_right(both)
 """
-    assert run(program) == "True\nTrue\n"
+    printed = run(program)
+    if printed == "unlimited\n":
+        pytest.skip("an emulator sets no limit to memory")
+    assert printed == "True\nTrue\n"
