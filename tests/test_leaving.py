@@ -124,6 +124,30 @@ def test_script_of_a_detector(kind):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["fasterrcnn", "maskrcnn", "keypointrcnn"])
+def test_script_of_a_detector_in_training(kind):
+    theirs, ours = (model.train() for model in detector(kind))
+    target = {
+        "boxes": torch.tensor([[10.0, 10.0, 50.0, 50.0]]),
+        "labels": torch.tensor([1]),
+        "masks": torch.ones(1, 60, 80, dtype=torch.uint8),
+        "keypoints": torch.tensor([[[20.0, 20.0, 1.0]] * 17]),
+    }
+    images = [torch.rand(3, 60, 80)]
+    script = torch.jit.script(ours)
+    torch.manual_seed(1)
+    expected = theirs(images, [target])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(1)
+        losses = script(images, [target])[0]
+    assert losses.keys() == expected.keys()
+    for name, loss in expected.items():
+        torch.testing.assert_close(losses[name], loss, rtol=1e-4, atol=1e-5)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in script.roi_heads.parameters())
+
+
 def test_script_trains(maps, boxes):
     module = roialign.MultiScaleRoIAlign(NAMES, 3, 2)
     leaves = {name: m.requires_grad_() for name, m in maps.items()}
