@@ -241,3 +241,16 @@ def test_legacy_onnx_of_a_detector(kind):
     assert len(expected["boxes"]) > 0
     for found, name in zip(in_runtime(model, [image]), expected, strict=True):
         torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-3)
+
+
+def test_a_trace_where_torchvision_was_not_imported(tmp_path):
+    """Its import must not become part of the trace."""
+    program = """
+        import sys, torch, roialign
+        assert "torchvision" not in sys.modules
+        x, boxes = torch.rand(1, 2, 16, 16), torch.tensor([[1.0, 1, 30, 30]])
+        trace = torch.jit.trace(lambda x, b: roialign.roi_align(x, [b], 2, 0.25, 2), (x, boxes))
+        assert "torchvision::roi_align" in str(trace.graph)
+        torch.testing.assert_close(trace(x, boxes), roialign.roi_align(x, [boxes], 2, 0.25, 2))
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], check=True, timeout=300)

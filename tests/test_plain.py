@@ -231,7 +231,7 @@ def test_traces_hold_the_operator():
     def align(feature, boxes):
         return roialign.roi_align(feature, [boxes], 2, 1 / 4, 2)
 
-    assert FORWARD in str(torch.jit.trace(align, (feature, boxes)).graph)
+    assert "torchvision::roi_align" in str(torch.jit.trace(align, (feature, boxes)).graph)
     for tracing_mode in ("real", "fake", "symbolic"):
         assert (
             "roialign.multiscale_roi_align" in make_fx(align, tracing_mode=tracing_mode)(feature, boxes).code

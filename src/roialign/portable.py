@@ -5,6 +5,7 @@ TorchScript compiles these functions from their source, so they are written in w
 operators but for what torchvision has no answer to: boxes of NaN or infinity, images that do not exist.
 """
 
+import importlib
 import math
 import sys
 
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.jit.annotations import BroadcastingList2
 
+from .apart import do_apart
 from .levels import wanted_level
 
 
 def is_available() -> bool:
     """Whether there is torchvision, and with it the operator."""
     try:
-        import torchvision  # noqa: F401
+        do_apart(importlib.import_module, "torchvision")  # which must not become part of a trace
     except Exception:  # one built for another torch can raise anything
         return False
     return hasattr(torch.ops.torchvision, "roi_align")
