@@ -8,6 +8,8 @@ from hypothesis import settings
 import roialign
 from roialign import ops
 
+collect_ignore = ["clients"]  # they have an environment and a pytest.ini of their own
+
 # The same examples every time, or, with --hypothesis-profile=thousands or more, that many new ones.
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=200)
 settings.register_profile("thousands", deadline=None, max_examples=5000, print_blob=True)
