@@ -122,9 +122,11 @@ def disturb():
             intrude()
     thread = threading.Thread(target=other)
     thread.start()
-    for i in range(1000):
+    i = 0
+    while i < 1000 or hits < 100:  # who gets the interpreter how often is the machine's affair
         outer, _ = pairs[i % len(pairs)]
         outer.assert_undisturbed()
+        i += 1
     done.set()
     thread.join()
 """
