@@ -2,8 +2,8 @@
 
 Nothing is packed and no RoI waits for another. A line is summed over the rows of the map that it reads, 16
 columns at a time; in blocks of 16 lines the columns are summed into bins. Where a RoI has few taps its cells
-are listed and summed one by one. Every thread lays the tables of a RoI in memory of its own, right before it
-is pooled.
+are listed and summed one by one; where it has few points, these are (`points.py`). Every thread lays the
+tables of a RoI in memory of its own, right before it is pooled.
 """
 
 import functools
@@ -26,6 +26,7 @@ from .lines import (
     tables_in,
     turn,
 )
+from .points import are_points_few, pool_points
 from .simd import LANES, fetch_add, fma_one, get, load_one, put, size_of, store_one
 from .tables import (
     AT,
@@ -87,6 +88,7 @@ def run(job, memory, source, working, result):
     for cell in range(longest):
         put(room.place, cell, -ONE)
     ys, xs = tables_in(room)
+    pointwise = are_points_few(channels, problem.bins_y, problem.bins_x, problem.sampling_ratio)
     tasks = (rois + at_once - 1) // at_once * pieces
     task = fetch_add(job)
     while task < tasks:
@@ -99,6 +101,10 @@ def run(job, memory, source, working, result):
             if home < 0:
                 put(job, 1, ONE)
                 _lose(tag, out_tag, out, k, channels)
+            elif get(m, MINE) and pointwise:
+                if piece == 0:
+                    src = get(m, AT) + home // problem.n_levels * get(m, IMAGE_STEP)
+                    pool_points(src_tag, src, m, tag, out_tag, out, problem, k, level, channels, ys, xs)
             elif get(m, MINE):
                 fill_axis(tag, problem, k, ZERO, level, problem.bins_y, ys, ZERO, room.place)
                 fill_axis(tag, problem, k, ONE, level, problem.bins_x, xs, ZERO, room.place)

@@ -79,7 +79,7 @@ def home_of(tag, problem, k):
 
 
 @part
-def _span(tag, problem, k, axis, level):
+def span_of(tag, problem, k, axis, level):
     """Start and size of RoI k along an axis, 0 for y and 1 for x, in cells of the map."""
     number = type(tag)
     at = problem.rois + (5 * k + 2 - axis) * size_of(tag)
@@ -91,7 +91,8 @@ def _span(tag, problem, k, axis, level):
 
 
 @part
-def _extent(problem, axis, level):
+def extent_of(problem, axis, level):
+    """Cells of the map along an axis."""
     return get(problem.maps, level * MAP_COLUMNS + HEIGHT + axis)
 
 
@@ -113,7 +114,7 @@ def _visits(tag, bin_start, bin_size, extent, sampling_ratio):
 
 
 @part
-def _low_cell(tag, bin_start, bin_size, grid, index, extent):
+def low_cell(tag, bin_start, bin_size, grid, index, extent):
     """Of a sampling point: the cell below it, or -1 if it misses the map, and the share of the next."""
     number = type(tag)
     point = bin_start + (index + number(0.5)) * bin_size / grid
@@ -167,15 +168,15 @@ def survey(tag, problem, n, keys, rows, homes, spans, counts):
 @part
 def _rows_touched(tag, problem, k, level):
     """The first and the last row of the map that RoI k touches; the last is -1 if it touches none."""
-    start, size = _span(tag, problem, k, ZERO, level)
-    extent = _extent(problem, ZERO, level)
+    start, size = span_of(tag, problem, k, ZERO, level)
+    extent = extent_of(problem, ZERO, level)
     bin_size = size / type(tag)(problem.bins_y)
     lowest, highest = ONE << 40, -ONE
     for b in range(problem.bins_y):
         bin_start = start + type(tag)(b) * bin_size
         grid, first, visits = _visits(tag, bin_start, bin_size, extent, problem.sampling_ratio)
         for i in range(visits):
-            low, _share = _low_cell(tag, bin_start, bin_size, grid, first + type(tag)(i), extent)
+            low, _share = low_cell(tag, bin_start, bin_size, grid, first + type(tag)(i), extent)
             if low >= 0:
                 lowest, highest = min(lowest, low), max(highest, min(low + 1, extent - 1))
     return lowest, highest
@@ -242,8 +243,8 @@ def most_taps(tag, problem, order, n):
 
 @part
 def _count(tag, problem, k, axis, level, bins):
-    start, size = _span(tag, problem, k, axis, level)
-    extent = _extent(problem, axis, level)
+    start, size = span_of(tag, problem, k, axis, level)
+    extent = extent_of(problem, axis, level)
     bin_size = size / type(tag)(bins)
     total = ZERO
     for b in range(bins):
@@ -279,10 +280,10 @@ def fill(tag, problem, order, n, ys, xs, homes, place, longest):
 @part
 def fill_axis(tag, problem, k, axis, level, bins, table, i, place):
     """The tables of RoI k, as number i of its table; returns how many cells it touches."""
-    start, size = _span(tag, problem, k, axis, level)
+    start, size = span_of(tag, problem, k, axis, level)
     starts, base = table.start + 8 * i * (bins + 1), get(table.base, i)
     taps, weights = table.taps + 8 * base, table.weights + size_of(tag) * base
-    extent, ratio, cells = _extent(problem, axis, level), problem.sampling_ratio, table.cells + 8 * base
+    extent, ratio, cells = extent_of(problem, axis, level), problem.sampling_ratio, table.cells + 8 * base
     touched = _fill_rising(tag, start, size, bins, extent, ratio, starts, taps, weights, cells)
     if touched < 0:
         _fill_bins(tag, start, size, bins, extent, ratio, starts, taps, weights)
@@ -308,7 +309,7 @@ def _fill_rising(tag, start, size, bins, extent, sampling_ratio, starts, taps, w
         newest = -ONE  # the cell of the bin's last tap
         share_of_point = number(1) / grid
         for i in range(visits):
-            low, share = _low_cell(tag, bin_start, bin_size, grid, first + number(i), extent)
+            low, share = low_cell(tag, bin_start, bin_size, grid, first + number(i), extent)
             if low >= 0:
                 if low < before:
                     return -ONE
@@ -341,7 +342,7 @@ def _fill_bins(tag, start, size, bins, extent, sampling_ratio, starts, taps, wei
         grid, first, visits = _visits(tag, bin_start, bin_size, extent, sampling_ratio)
         opened = n
         for i in range(visits):
-            low, share = _low_cell(tag, bin_start, bin_size, grid, first + number(i), extent)
+            low, share = low_cell(tag, bin_start, bin_size, grid, first + number(i), extent)
             if low >= 0:
                 n = _add_tap(tag, taps, weights, opened, n, low, (number(1) - share) / grid)
                 n = _add_tap(tag, taps, weights, opened, n, min(low + 1, extent - 1), share / grid)
