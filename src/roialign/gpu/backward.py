@@ -1,21 +1,13 @@
-"""The backward kernels: who touches whom, and each tile of the gradient maps as a sum over RoIs."""
+"""The backward kernels: who touches whom, tiles of the gradient maps as sums over RoIs, and sums of parts."""
 
 import triton
 import triton.language as tl
 
-from .geometry import (
-    UNROLLED,
-    divide,
-    locate,
-    number_of,
-    pointer_of,
-    sample_point,
-    share,
-    to_map,
-    visits,
-    whole,
-    whole_of,
-)
+from .geometry import locate, multiple, pointer_of, reach, whole, whole_of
+from .tables import APART, BLOCK, HEAD, HIGH, LONGEST, LOW, OF_X, ORIGIN, STEP, unpack, write_runs
+
+WORD = tl.constexpr(32)  # bits
+WORDS = tl.constexpr(4)  # that are written at once
 
 
 @triton.jit
@@ -31,53 +23,95 @@ def _tile(tile, first_tiles, heights, widths, TILE_Y: tl.constexpr, TILE_X: tl.c
     return level, row // rows, row % rows * TILE_Y, index % columns * TILE_X
 
 
-@triton.jit
-def _rounding(start, size):
-    """How far from where it should be, at most, rounding may put a sampling point of a RoI."""
-    eps: tl.constexpr = 2e-6 if start.dtype == tl.float32 else 4e-15
-    return (tl.abs(start) + tl.abs(size)) * eps
+@triton.jit(
+    do_not_specialize=["row_length", "length", "height", "width", "tiles", "words", "count", "images"]
+)
+def prepare(
+    rows, row_length, numbers, length, height, width, summary, mask, first_tiles, tiles, words,
+    heights, widths, rois, levels, count, images, scales, thresholds, turned, grad, grad_strides, channels,
+    ORDER: tl.constexpr, ALIGNED: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr,
+    RATIO: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_TILES: tl.constexpr,
+    TURN: tl.constexpr, BLOCK_BINS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Write who touches whom, the tables of one axis of a RoI, or some of its gradient `TURN`ed around.
+
+    Bit `i` of word `w` of a tile says whether RoI `32 * w + i` may touch it, and bit `j` of number `s` of its
+    summary whether its word `32 * s + j` has any: of those words alone that have is anything written.
+    """
+    program = tl.program_id(0)
+    summaries = (words + WORD - 1) // WORD
+    touching = summaries * ((tiles + BLOCK_TILES - 1) // BLOCK_TILES)
+    if program < touching:
+        _touch(
+            summary, mask, program % summaries, program // summaries, first_tiles, tiles, words,
+            heights, widths, rois, levels, count, images, scales, thresholds,
+            ORDER, ALIGNED, TILE_Y, TILE_X, BLOCK_TILES,
+        )  # fmt: skip
+    elif program < touching + 2 * count:
+        program -= touching
+        write_runs(
+            rows, row_length, numbers, length, height, width, heights, widths,
+            rois, levels, (program // 2).to(tl.int64), program % 2, count, images, scales, thresholds,
+            ORDER, ALIGNED, BINS_Y, BINS_X, RATIO, True, BLOCK,
+        )  # fmt: skip
+    elif TURN:
+        program -= touching + 2 * count
+        _turn(
+            turned, grad, grad_strides, program, count, channels, BINS_Y, BINS_X, BLOCK_BINS, BLOCK_CHANNELS
+        )
 
 
 @triton.jit
-def _reach(start, size, extent):
-    """The first and the last cell along one axis that a RoI may touch: rather too many than too few."""
-    margin = _rounding(start, size)
-    low = tl.minimum(start, start + size) - margin
-    high = tl.maximum(start, start + size) + margin
-    meets = (high >= -1) & (low <= extent)
-    first = tl.minimum(tl.floor(low), extent - 1)
-    last = tl.maximum(tl.floor(high) + 1, 0.0)
-    return tl.where(meets, first, extent), tl.where(meets, last, -1.0)
+def _turn(
+    turned, grad, grad_strides, program, count, channels,
+    BINS_Y: tl.constexpr, BINS_X: tl.constexpr, BLOCK_BINS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """A block of bins and channels of a RoI's gradient, with the channels innermost."""
+    PARTS: tl.constexpr = (BINS_Y * BINS_X + BLOCK_BINS - 1) // BLOCK_BINS
+    bins, program = program % PARTS * BLOCK_BINS + tl.arange(0, BLOCK_BINS)[None, :], program // PARTS
+    k = (program % count).to(tl.int64)
+    channel = (program // count * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)).to(tl.int64)[:, None]
+    here = (channel < channels) & (bins < BINS_Y * BINS_X)
+    at = k * whole(grad_strides[0]) + channel * whole(grad_strides[1])
+    at += bins // BINS_X * whole(grad_strides[2]) + bins % BINS_X * whole(grad_strides[3])
+    value = tl.load(grad + at, here)
+    tl.store(turned + (k * (BINS_Y * BINS_X) + bins) * channels + channel, value, here)
 
 
-@triton.jit(do_not_specialize=["count", "images", "tiles", "words"])
-def touch(
-    mask, heights, widths, first_tiles, tiles, words,
-    rois, levels, count, images, scales, thresholds,
+@triton.jit
+def _touch(
+    summary, mask, s, block, first_tiles, tiles, words,
+    heights, widths, rois, levels, count, images, scales, thresholds,
     ORDER: tl.constexpr, ALIGNED: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
-    """Who touches whom: bit `i` of word `w` of a tile says whether RoI `32 * w + i` may touch it.
-
-    32 RoIs and a block of tiles per program.
-    """
+    """Number `s` of the summaries of a block of tiles, and its words."""
     dtype: tl.constexpr = rois.dtype.element_ty
-    word, block = tl.program_id(0) % words, tl.program_id(0) // words
-    bit = tl.arange(0, 32)
-    poolable, level, image, y_start, y_size, x_start, x_size = locate(
-        rois, levels, (word * 32 + bit).to(tl.int64), count, images, scales, thresholds,
-        ORDER, ALIGNED,
-    )  # fmt: skip
-    top, bottom = _reach(y_start, y_size, whole_of(heights, level).to(dtype))
-    left, right = _reach(x_start, x_size, whole_of(widths, level).to(dtype))
     tile = block * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
     tile_level, tile_image, y, x = _tile(tile, first_tiles, heights, widths, TILE_Y, TILE_X)
+    first_image, last_image = tl.min(tile_image, 0), tl.max(tile_image, 0)
     y, x = y.to(dtype)[:, None], x.to(dtype)[:, None]
-    hit = (tile_level[:, None] == level[None, :]) & (tile_image[:, None] == image[None, :])
-    hit &= (top[None, :] < y + TILE_Y) & (bottom[None, :] >= y)
-    hit &= (left[None, :] < x + TILE_X) & (right[None, :] >= x)
-    bits = tl.sum(tl.where(hit & poolable[None, :], (1 << bit)[None, :], 0), 1)
-    tl.store(mask + tile.to(tl.int64) * words + word, bits, tile < tiles)
+    bit = tl.arange(0, WORDS * WORD)
+    some = tile * 0
+    for j in range(0, tl.minimum(words - s * WORD, WORD), WORDS):
+        k = ((s * WORD + j) * WORD + bit).to(tl.int64)
+        near = tl.load(rois + 5 * k, k < count, -1)
+        if tl.max(((near >= first_image) & (near < last_image + 1)).to(tl.int32), 0) == 1:
+            poolable, level, image, y_start, y_size, x_start, x_size = locate(
+                rois, levels, k, count, images, scales, thresholds, ORDER, ALIGNED
+            )
+            top, bottom = reach(y_start, y_size, whole_of(heights, level).to(dtype))
+            left, right = reach(x_start, x_size, whole_of(widths, level).to(dtype))
+            hit = (tile_level[:, None] == level[None, :]) & (tile_image[:, None] == image[None, :])
+            hit &= (top[None, :] < y + TILE_Y) & (bottom[None, :] >= y)
+            hit &= (left[None, :] < x + TILE_X) & (right[None, :] >= x)
+            bits = tl.where(hit & poolable[None, :], (1 << bit % WORD)[None, :], 0)
+            bits = tl.sum(tl.reshape(bits, (BLOCK_TILES, WORDS, WORD)), 2)
+            number = j + tl.arange(0, WORDS)
+            at = mask + tile.to(tl.int64)[:, None] * words + (s * WORD + number)[None, :]
+            tl.store(at, bits, (tile < tiles)[:, None] & (bits != 0))
+            some |= tl.sum(tl.where(bits != 0, (1 << number)[None, :], 0), 1)
+    tl.store(summary + tile.to(tl.int64) * ((words + WORD - 1) // WORD) + s, some, tile < tiles)
 
 
 @triton.jit
@@ -88,119 +122,140 @@ def _exponent(power):
 
 
 @triton.jit
-def _bins_within(start, size, bin_size, low, high, BINS: tl.constexpr):
-    """From which bin, to which one no more, points may lie in `[low, high]`."""
-    margin = _rounding(start, size)
-    first = tl.floor(divide(low - margin - start, bin_size) - 0.01)
-    stop = tl.floor(divide(high + margin - start, bin_size) + 0.01) + 1
-    first = tl.where(bin_size > 0, tl.minimum(tl.maximum(first, 0.0), BINS), 0.0)
-    stop = tl.where(bin_size > 0, tl.minimum(tl.maximum(stop, 0.0), BINS), BINS)
-    return first.to(tl.int32), stop.to(tl.int32)
+def _add_roi(
+    total, row, weights, grad, channels, here, y_first, columns, height,
+    BINS_Y: tl.constexpr, BINS_X: tl.constexpr, TILE_Y: tl.constexpr,
+):  # fmt: skip
+    """Add what a RoI gives to the rows of a tile: to each cell from the bins that read it."""
+    of_x = row + OF_X
+    x_low, x_high = tl.load(of_x + LOW), tl.load(of_x + HIGH)
+    inside = (columns >= x_low) & (columns <= x_high)
+    x_bin, x_length = unpack(tl.load(row + HEAD + height + columns - x_low, inside, 0))
+    x_weights = weights + height + APART * BINS_Y - tl.load(of_x + ORIGIN) + columns
+    x_step, x_longest = tl.load(of_x + STEP), tl.load(of_x + LONGEST).to(tl.int32)
+    y_low, y_high = tl.load(row + LOW), tl.load(row + HIGH)
+    y_bins, y_lengths = (), ()
+    for i in tl.static_range(TILE_Y):
+        y = y_first + i
+        first, length = unpack(tl.load(row + HEAD + y - y_low, (y >= y_low) & (y <= y_high), 0))
+        y_bins, y_lengths = y_bins + (first,), y_lengths + (length,)
+    y_weights = weights - tl.load(row + ORIGIN) + y_first
+    y_step, y_longest = tl.load(row + STEP), tl.load(row + LONGEST).to(tl.int32)
+    for s in range(y_longest):
+        along_y = ()
+        for i in tl.static_range(TILE_Y):
+            weight = tl.load(y_weights + i + y_step * (y_bins[i] + s), s < y_lengths[i], 0)
+            along_y = along_y + (weight,)
+        for t in range(x_longest):
+            q = x_bin + t
+            along_x = tl.load(x_weights + x_step * q, t < x_length, 0)
+            sums = ()
+            for i in tl.static_range(TILE_Y):
+                product = (along_y[i] * along_x)[:, None]
+                # A weight of zero lets no NaN through.
+                look = product != 0 if here is None else here & (product != 0)
+                at = grad + (((y_bins[i] + s) * BINS_X + q) * channels)[:, None]
+                value = tl.load(at, look, 0).to(total[i].dtype)
+                sums = sums + (tl.fma(value, product, total[i]),)
+            total = sums
+    return total
 
 
 @triton.jit
-def _weight(cell, start, bin_size, b, low, high, extent, RATIO: tl.constexpr):
-    """Weight of a cell in bin `b`, or of a tensor of cells; its points beyond `[low, high]` have none."""
-    bin_start = start + b * bin_size
-    grid, first, number = visits(bin_start, bin_size, low, high, RATIO)
-    total = cell * 0
-    if RATIO > 0 and RATIO <= UNROLLED:
-        for i in tl.static_range(RATIO):
-            total += _hat(cell, bin_start, bin_size, grid, i, extent, RATIO)
-    else:
-        for i in range(number):
-            total += _hat(cell, bin_start, bin_size, grid, first + i, extent, RATIO)
-    return share(total, grid, RATIO)
+def _rounded_up(size):
+    """See `engine._rounded_up`."""
+    return (size + 15) // 16 * 16
 
 
-@triton.jit
-def _hat(cell, bin_start, bin_size, grid, index, extent, RATIO: tl.constexpr):
-    """What a point gives a cell: 1 where it lies, falling to 0 at a distance of one."""
-    point, touched = sample_point(bin_start, bin_size, grid, index, extent, RATIO)
-    return tl.where(touched, tl.maximum(1 - tl.abs(cell - point), 0.0), 0.0)
-
-
-@triton.jit
-def _add(total, value, weight):
-    """`total + value * weight`, but a weight of zero lets no NaN through."""
-    return tl.where(weight != 0, tl.fma(value, weight, total), total)
-
-
-@triton.jit(do_not_specialize=["tiles", "words"])
+@triton.jit(do_not_specialize=["units", "row_length", "length", "height", "words", "channels"])
 def backward(
     grads, image_strides, channel_strides, row_strides, column_strides, heights, widths,
-    grad, grad_strides, mask, first_tiles, tiles, words, rois, channels, scales,
-    MINE: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr,
-    RATIO: tl.constexpr, ALIGNED: tl.constexpr, INNERMOST: tl.constexpr,
-    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, RUN: tl.constexpr,
+    sums, first_sums, sizes, parts, first_units, units, first_tiles,
+    grad, rows, row_length, numbers, length, height, summary, mask, words, channels,
+    MINE: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr, MULTIPLE: tl.constexpr,
+    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One tile of a gradient map and a block of channels per program, which writes them once.
 
-    RoIs that touch the tile are added in ascending order. Of each, a row of bins is spread along x over
-    a row of cells, which is spread along y over the rows of the tile: a tensor for each of these. The
-    weights along x of `RUN` bins are held at a time.
+    RoIs that touch the tile are added in ascending order. On a coarse map, where a tile may have very many,
+    each of some `parts` is summed by a program of its own: part `i` has the RoIs `i + n * parts`. In `grad`
+    the channels lie innermost, a number of them that `CHANNELS` divides. In the maps they do unless
+    `MULTIPLE` is 0, and then it divides all other strides.
     """
-    dtype: tl.constexpr = rois.dtype.element_ty
-    across: tl.constexpr = 1 if INNERMOST else 0  # the axis of a row along which the channels lie
+    dtype: tl.constexpr = numbers.dtype.element_ty
     program = tl.program_id(0)
-    tile = program % tiles
-    channel = (program // tiles * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)).to(tl.int64)
-    here = tl.expand_dims(channel < channels, 1 - across)
-    level, image, y_first, x_first = _tile(tile, first_tiles, heights, widths, TILE_Y, TILE_X)
+    unit, block = units - 1 - program % units, program // units  # coarse maps first: they take longest
+    level = unit * 0
+    for i in tl.static_range(1, len(first_units)):
+        level = tl.where(unit >= whole(first_units[i]), i, level)
     if (MINE >> level) & 1 == 0:
         return
-    scale = number_of(scales, level, dtype)
-    height, width = whole_of(heights, level), whole_of(widths, level)
-    y_extent, x_extent = height.to(dtype), width.to(dtype)
-    y_low, x_low = y_first.to(dtype) - 1, x_first.to(dtype) - 1
-    y_high, x_high = tl.minimum(y_low + 1 + TILE_Y, y_extent), tl.minimum(x_low + 1 + TILE_X, x_extent)
-    roi_stride, grad_y, grad_x = whole(grad_strides[0]), whole(grad_strides[2]), whole(grad_strides[3])
-    grad += tl.expand_dims(channel * whole(grad_strides[1]), 1 - across)
-    words_at = mask + tile.to(tl.int64) * words
+    n_parts = whole_of(parts, level).to(tl.int32)
+    index = unit - whole_of(first_units, level).to(tl.int32)
+    part, tile = index % n_parts, index // n_parts + whole_of(first_tiles, level).to(tl.int32)
+    _, image, y_first, x_first = _tile(tile, first_tiles, heights, widths, TILE_Y, TILE_X)
+    channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    columns = x_first + tl.arange(0, TILE_X)
+    here = None if CHANNELS % BLOCK_CHANNELS == 0 else (channel < channels)[None, :]
+    # The bits of a word that are of this part.
+    mine = ((0xFFFFFFFF // ((1 << n_parts.to(tl.int64)) - 1)) << part).to(tl.int32)
 
-    row = tl.zeros((TILE_X, BLOCK_CHANNELS) if INNERMOST else (BLOCK_CHANNELS, TILE_X), dtype)
-    # As large as a row, so that it lies in the threads as a row does.
-    columns = row + tl.expand_dims(x_first + tl.arange(0, TILE_X), across).to(dtype)
+    row = tl.zeros((TILE_X, BLOCK_CHANNELS), dtype)
     total = (row,)
     for _ in tl.static_range(TILE_Y - 1):
         total = total + (row,)
-    for word in range(words):
-        bits = tl.load(words_at + word)
-        while bits != 0:
-            lowest = bits & -bits
-            bits = bits ^ lowest
-            k = (word * 32 + _exponent(lowest)).to(tl.int64)
-            x1, y1 = tl.load(rois + 5 * k + 1) * scale, tl.load(rois + 5 * k + 2) * scale
-            x2, y2 = tl.load(rois + 5 * k + 3) * scale, tl.load(rois + 5 * k + 4) * scale
-            y_start, y_size = to_map(y1, y2, ALIGNED)
-            x_start, x_size = to_map(x1, x2, ALIGNED)
-            y_bin, x_bin = divide(y_size, BINS_Y * 1.0), divide(x_size, BINS_X * 1.0)
-            first_bin, stop_bin = _bins_within(y_start, y_size, y_bin, y_low, y_high, BINS_Y)
-            for q in range(0, BINS_X, RUN):
-                weights = ()
-                for i in tl.static_range(RUN):
-                    weight = _weight(columns, x_start, x_bin, q + i, x_low, x_high, x_extent, RATIO)
-                    weights = weights + (weight,)
-                for p in range(first_bin, stop_bin):
-                    bins = grad + (k * roi_stride + p * grad_y + q * grad_x)
-                    row = tl.zeros_like(row)
-                    for i in tl.static_range(RUN):
-                        look = channel < tl.where(q + i < BINS_X, channels, 0)
-                        value = tl.load(bins + i * grad_x, tl.expand_dims(look, 1 - across), 0)
-                        row = _add(row, value.to(dtype), weights[i])
-                    sums = ()
-                    for y in tl.static_range(TILE_Y):
-                        cell = y_low + (1 + y)
-                        y_weight = _weight(cell, y_start, y_bin, p, cell - 1, cell + 1, y_extent, RATIO)
-                        sums = sums + (_add(total[y], row, y_weight),)
-                    total = sums
+    summaries = (words + WORD - 1) // WORD
+    channels = multiple(channels, CHANNELS)
+    for s in range(summaries):
+        some = tl.load(summary + tile.to(tl.int64) * summaries + s)
+        while some != 0:
+            word = s * WORD + _exponent(some & -some)
+            some = some & (some - 1)
+            bits = tl.load(mask + tile.to(tl.int64) * words + word) & mine
+            while bits != 0:
+                k = (word * WORD + _exponent(bits & -bits)).to(tl.int64)
+                bits = bits & (bits - 1)
+                total = _add_roi(
+                    total, rows + k * row_length, numbers + k * length,
+                    grad + k * (BINS_Y * BINS_X) * channels + channel[None, :],
+                    channels, here, y_first, columns, height, BINS_Y, BINS_X, TILE_Y,
+                )  # fmt: skip
 
-    grads_at = pointer_of(grads, level) + image * whole_of(image_strides, level)
-    grads_at += tl.expand_dims(channel * whole_of(channel_strides, level), 1 - across)
-    x = x_first + tl.arange(0, TILE_X)
-    grads_at += tl.expand_dims(x * whole_of(column_strides, level), across)
-    here &= tl.expand_dims(x < width, across)
-    for i in tl.static_range(TILE_Y):
-        y = y_first + i
-        result = total[i].to(grads[0].dtype.element_ty)
-        tl.store(grads_at + y * whole_of(row_strides, level), result, here & (y < height))
+    channel = channel.to(tl.int64)[None, :]
+    row_stride = multiple(whole_of(row_strides, level), MULTIPLE)
+    column_stride = multiple(whole_of(column_strides, level), MULTIPLE)
+    at = image * multiple(whole_of(image_strides, level), MULTIPLE) + y_first * row_stride
+    at += channel if MULTIPLE else channel * whole_of(channel_strides, level)
+    at += (columns * column_stride)[:, None]
+    inside = (channel < channels) & (columns < whole_of(widths, level))[:, None]
+    rows_left = whole_of(heights, level) - y_first
+    if n_parts == 1:
+        to = pointer_of(grads, level) + at
+        for i in tl.static_range(TILE_Y):
+            result = total[i].to(grads[0].dtype.element_ty)
+            tl.store(to + i * row_stride, result, inside & (i < rows_left))
+    else:
+        first = whole_of(first_sums, level) + part * _rounded_up(whole_of(sizes, level))
+        own = sums + multiple(first, MULTIPLE) + at
+        for i in tl.static_range(TILE_Y):
+            tl.store(own + i * row_stride, total[i], inside & (i < rows_left))
+
+
+@triton.jit
+def add_up(
+    grads, sums, first_sums, sizes, parts, first_blocks, MINE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The sums of the parts, in their order, of those maps that have several. These lie without gaps."""
+    program = tl.program_id(0)
+    level = program * 0
+    for i in tl.static_range(1, len(first_blocks)):
+        level = tl.where(program >= whole(first_blocks[i]), i, level)
+    if (MINE >> level) & 1 == 0:
+        return
+    size = whole_of(sizes, level)
+    at = (program - whole_of(first_blocks, level)) * BLOCK + tl.arange(0, BLOCK)
+    here = at < size
+    total = tl.zeros((BLOCK,), sums.dtype.element_ty)
+    for part in range(whole_of(parts, level)):
+        total += tl.load(sums + whole_of(first_sums, level) + part * _rounded_up(size) + at, here, 0)
+    tl.store(pointer_of(grads, level) + at, total.to(grads[0].dtype.element_ty), here)

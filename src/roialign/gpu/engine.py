@@ -19,13 +19,22 @@ from ..layout import is_channels_last, strides
 from ..levels import Staircase
 from ..schema import Pooling
 from . import backward as backward_kernels
-from . import forward as forward_kernel
+from . import forward as forward_kernels
+from . import tables as table_kernels
 
 # Coordinates keep their order of operations; see `geometry`. There is nothing to pipeline.
 _OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 
-_TILE_Y, _TILE_X = 8, 16  # cells of a gradient map that one program sums up
-_TOUCH_TILES = 32
+_BLOCK = 128  # of threads that each do one thing
+_WARP, _THREADS = 32, 128
+_VECTOR = 16  # bytes that a thread reads at once
+_AT_ONCE = 8  # bins along an axis that a program takes, at most
+_TILE_Y, _TILE_X = 4, 8  # cells of a gradient map that a program sums up
+_TURNED = 64  # bins that a program turns around
+_TILES = 4  # whose RoIs a program looks for
+_ENOUGH = 1024  # programs, to keep a GPU busy
+_MOST_PARTS = 16
+_TABLES = 2**28  # bytes
 
 
 class Rule(NamedTuple):
@@ -58,82 +67,254 @@ def exact(value: float, dtype: torch.dtype) -> tuple[float, ...]:
     return tuple(parts)
 
 
+class Kind(NamedTuple):
+    """The maps of one dtype whose channels lie innermost, or do not: nearly always there is one kind."""
+
+    maps: tuple[Tensor, ...]  # of all levels; kernels never look at those of other kinds
+    mine: int  # a bit for each that is of this kind
+    innermost: int  # 0 if channels are not, else what the strides of everything else are multiples of
+
+
 def forward(
-    out: Tensor,
-    features: Sequence[Tensor],
-    rois: Tensor,
-    levels: Tensor | None,
-    pooling: Pooling,
+    out: Tensor, features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, pooling: Pooling
 ) -> None:
-    """Pool every RoI from its map; see `reference.forward`."""
+    """Pool every RoI from its map; see `reference.forward`.
+
+    A small launch writes where the bins read, for as many RoIs as there is room for; then these are pooled.
+    """
     if _too_wide(features, rois.dtype):
         reference.forward(out, features, rois, levels, pooling)
         return
-    count, channels, *bins = out.shape
-    rule = _rule(tuple(pooling.scales), pooling.staircase, rois.dtype)
-    sampling_ratio, aligned = pooling.sampling_ratio, pooling.aligned
-    for maps, mine in _by_dtype(features):
-        innermost = _innermost(maps, out)
-        block_bins, block_channels = _forward_blocks(math.prod(bins), channels, innermost, sampling_ratio)
-        blocks = math.ceil(math.prod(bins) / block_bins) * math.ceil(channels / block_channels)
+    adaptive = pooling.sampling_ratio == 0
+    height, width = _largest(features) if adaptive else (0, 0)
+    row_length, length = _lengths(pooling, height, width, sum(pooling.output_size) if adaptive else 0)
+    for lo, hi in _parts_of(len(rois), row_length, length, rois.dtype):
+        some = rois[lo:hi].contiguous(), None if levels is None else levels[lo:hi].contiguous()
+        rows = rois.new_empty(hi - lo, row_length, dtype=torch.int64)
+        numbers = rois.new_empty(hi - lo, length)
         with _device_of(rois):
-            forward_kernel.forward[(count * blocks,)](
-                out, tuple(map(plain, strides(out))), *_describe(maps), rois.contiguous(),
-                None if levels is None else levels.contiguous(), count, len(features[0]), channels,
-                rule.scales, rule.thresholds,
-                ORDER=rule.order, MINE=mine, BINS_Y=bins[0], BINS_X=bins[1],
-                RATIO=sampling_ratio, ALIGNED=aligned,
-                INNERMOST=innermost, BLOCK_BINS=block_bins, BLOCK_CHANNELS=block_channels,
-                **_OPTIONS, **({} if innermost else _registers(rois, 96 if sampling_ratio > 0 else 128)),
-            )  # fmt: skip
+            _write_for_bins(rows, numbers, features, *some, pooling)
+            for kind in _kinds(features):
+                _pool(out[lo:hi], kind, rows, numbers, height, pooling)
+
+
+def _lengths(pooling: Pooling, height: int, width: int, runs: int) -> tuple[int, int]:
+    """Of a RoI, how many integers and how many numbers are written; see `tables`."""
+    bins = sum(pooling.output_size)
+    if not runs:
+        return 1, bins * pooling.sampling_ratio
+    return int(table_kernels.HEAD) + runs, height + width + int(table_kernels.APART) * bins
+
+
+def _parts_of(count: int, row_length: int, length: int, dtype: torch.dtype) -> list[tuple[int, int]]:
+    """The RoIs, cut into as many as there is room for tables of."""
+    at_once = max(1, _TABLES // (8 * row_length + dtype.itemsize * length))
+    return [(lo, min(lo + at_once, count)) for lo in range(0, count, at_once)]
+
+
+def _write_for_bins(
+    rows: Tensor, numbers: Tensor, features: Sequence[Tensor], rois: Tensor, levels: Tensor | None,
+    pooling: Pooling,
+) -> None:  # fmt: skip
+    rule = _rule(tuple(pooling.scales), pooling.staircase, rois.dtype)
+    *_, heights, widths = _describe(features)
+    bins, ratio = pooling.output_size, pooling.sampling_ratio
+    what = (
+        heights, widths, rois, levels, len(rois), len(features[0]), rule.scales, rule.thresholds
+    )  # fmt: skip
+    constants = {"ORDER": rule.order, "ALIGNED": pooling.aligned, "BINS_Y": bins[0], "BINS_X": bins[1]}
+    if ratio > 0:
+        grid = (math.ceil(numbers.numel() / _BLOCK),)
+        table_kernels.place[grid](rows, numbers, *what, **constants, RATIO=ratio, BLOCK=_BLOCK, **_OPTIONS)
+    else:
+        table_kernels.write_for_bins[(2 * len(rois),)](
+            rows, rows.shape[1], numbers, numbers.shape[1], *_largest(features), *what, **constants,
+            **{**_OPTIONS, "num_warps": 1},
+        )  # fmt: skip
+
+
+def _pool(out: Tensor, kind: Kind, rows: Tensor, numbers: Tensor, height: int, pooling: Pooling) -> None:
+    """Pool the RoIs of one kind of maps: with lanes along channels that fill a warp, else along taps."""
+    count, channels, bins_y, bins_x = out.shape
+    ratio = pooling.sampling_ratio
+    what = (
+        out, tuple(map(plain, strides(out))), *_describe(kind.maps), rows, rows.shape[1],
+        numbers, numbers.shape[1], height, count, channels,
+    )  # fmt: skip
+    constants = {"MINE": kind.mine, "BINS_Y": bins_y, "BINS_X": bins_x, "RATIO": ratio}
+    if kind.innermost and channels >= _WARP:
+        block_bins = _evenly(bins_x)
+        block = min(_power_of_two(channels), _WARP * _VECTOR // kind.maps[0].itemsize)
+        programs = count * bins_y * math.ceil(bins_x / block_bins) * math.ceil(channels / block)
+        forward_kernels.forward_along_channels[(programs,)](
+            *what, **constants, MULTIPLE=kind.innermost, OUT_MULTIPLE=_multiple((out,)),
+            BLOCK_BINS=block_bins, BLOCK_CHANNELS=block, **{**_OPTIONS, "num_warps": 1},
+        )  # fmt: skip
+        return
+    taps = min(_power_of_two(2 * ratio), 8) if ratio > 0 else 4
+    block_bins = min(_power_of_two(bins_x), 64 // taps)
+    lanes, block_rows = block_bins * taps, _evenly(bins_y)
+    block = min(_power_of_two(channels), max(1, 4096 // numbers.itemsize // lanes))
+    programs = count * math.ceil(bins_y / block_rows) * math.ceil(bins_x / block_bins)
+    forward_kernels.forward_along_taps[(programs * math.ceil(channels / block),)](
+        *what, **constants, BLOCK_ROWS=block_rows, BLOCK_BINS=block_bins, TAPS=taps, BLOCK_CHANNELS=block,
+        **{**_OPTIONS, "num_warps": _warps(block * lanes, 8)},
+    )  # fmt: skip
 
 
 def backward(
-    grads: Sequence[Tensor],
-    grad: Tensor,
-    rois: Tensor,
-    levels: Tensor | None,
-    pooling: Pooling,
+    grads: Sequence[Tensor], grad: Tensor, rois: Tensor, levels: Tensor | None, pooling: Pooling
 ) -> None:
     """The adjoint of `forward` in the features; see `reference.backward`.
 
-    A small launch makes a bit mask of which RoIs may touch which tiles of the maps. Then each tile is
-    summed up by programs of its own, in the order of the RoIs: no atomics, and no zeros written first.
+    A small launch writes where the cells of each RoI are read, and a bit mask of which RoIs may touch which
+    tiles of the maps. Then each tile is summed up by programs of its own, in the order of the RoIs: no
+    atomics, and no zeros written first. Tiles of coarse maps are summed in parts, which a last launch adds.
     """
     if _too_wide(grads, rois.dtype):
         reference.backward(grads, grad, rois, levels, pooling)
         return
-    count, channels, *bins = grad.shape
-    rois = rois.contiguous()
+    height, width = _largest(grads)
+    row_length, length = _lengths(pooling, height, width, height + width)
+    parts = _parts_of(len(rois), row_length, length, rois.dtype) or [(0, 0)]
+    totals = grads if len(parts) == 1 else [g.new_zeros(g.shape, dtype=rois.dtype) for g in grads]
+    for lo, hi in parts:
+        some = rois[lo:hi].contiguous(), None if levels is None else levels[lo:hi].contiguous()
+        sums = grads if len(parts) == 1 else [torch.empty_like(total) for total in totals]
+        rows = rois.new_empty(hi - lo, row_length, dtype=torch.int64)
+        numbers = rois.new_empty(hi - lo, length)
+        with _device_of(rois):
+            _scatter(sums, grad[lo:hi], rows, numbers, *some, pooling)
+        if len(parts) > 1:
+            for total, part in zip(totals, sums, strict=True):
+                total += part
+    if len(parts) > 1:
+        for g, total in zip(grads, totals, strict=True):
+            g.copy_(total)
+
+
+def _scatter(
+    grads: Sequence[Tensor], grad: Tensor, rows: Tensor, numbers: Tensor,
+    rois: Tensor, levels: Tensor | None, pooling: Pooling,
+) -> None:  # fmt: skip
+    """Spread the gradient of RoIs that there is room for."""
     rule = _rule(tuple(pooling.scales), pooling.staircase, rois.dtype)
-    sampling_ratio, aligned = pooling.sampling_ratio, pooling.aligned
-    first_tiles, tiles = _tiles(tuple((len(g), *g.shape[2:]) for g in grads))
-    words = math.ceil(count / 32)
-    mask = torch.empty((tiles, words), dtype=torch.int32, device=rois.device)
+    count, channels, *bins = grad.shape
+    block = min(_power_of_two(channels), _THREADS * _VECTOR // grad.itemsize // _TILE_X)
+    blocks = math.ceil(channels / block)
+    cut = _cut(tuple((len(g), *g.shape[2:]) for g in grads), blocks, _most_parts(grads, count))
+    words = math.ceil(count / _WARP)
+    summaries = math.ceil(words / _WARP)
+    mask, summary = (rois.new_empty(cut.tiles, n, dtype=torch.int32) for n in (words, summaries))
+    tables = rows, rows.shape[1], numbers, numbers.shape[1], max(g.shape[2] for g in grads)
+    constants = {"BINS_Y": bins[0], "BINS_X": bins[1], "TILE_Y": _TILE_Y, "TILE_X": _TILE_X}
+    turn = not grad.is_contiguous(memory_format=torch.channels_last)
+    turned = torch.empty_like(grad, memory_format=torch.channels_last) if turn else grad
     if count:
         *_, heights, widths = _describe(grads)
-        with _device_of(rois):
-            backward_kernels.touch[(words * math.ceil(tiles / _TOUCH_TILES),)](
-                mask, heights, widths, first_tiles, tiles, words,
-                rois, None if levels is None else levels.contiguous(), count, len(grads[0]),
-                rule.scales, rule.thresholds,
-                ORDER=rule.order, ALIGNED=aligned,
-                TILE_Y=_TILE_Y, TILE_X=_TILE_X, BLOCK_TILES=_TOUCH_TILES, **_OPTIONS,
+        block_bins = min(_power_of_two(math.prod(bins)), _TURNED)
+        programs = 2 * count + summaries * math.ceil(cut.tiles / _TILES)
+        if turn:
+            programs += count * math.ceil(math.prod(bins) / block_bins) * math.ceil(channels / _WARP)
+        backward_kernels.prepare[(programs,)](
+            *tables, max(g.shape[3] for g in grads), summary, mask, cut.first_tiles, cut.tiles, words,
+            heights, widths, rois, levels, count, len(grads[0]), rule.scales, rule.thresholds,
+            turned, grad, tuple(map(plain, strides(grad))), channels,
+            ORDER=rule.order, ALIGNED=pooling.aligned, RATIO=pooling.sampling_ratio, BLOCK_TILES=_TILES,
+            TURN=turn, BLOCK_BINS=block_bins, BLOCK_CHANNELS=_WARP,
+            **constants, **{**_OPTIONS, "num_warps": 1}, **_registers(rois, 168),
+        )  # fmt: skip
+    sizes = [g.numel() if n > 1 else 0 for g, n in zip(grads, cut.parts, strict=True)]
+    each = zip(cut.parts, sizes, strict=True)
+    ends = list(itertools.accumulate((n * _rounded_up(size) for n, size in each), initial=0))
+    sums = numbers.new_empty(ends[-1])
+    places = sums, tuple(map(plain, ends[:-1])), tuple(map(plain, sizes)), tuple(map(plain, cut.parts))
+    for kind in _kinds(grads):
+        backward_kernels.backward[(cut.units * blocks,)](
+            *_describe(kind.maps), *places, cut.first_units, cut.units, cut.first_tiles,
+            turned, *tables, summary, mask, words, channels,
+            MINE=kind.mine, MULTIPLE=kind.innermost, BLOCK_CHANNELS=block, CHANNELS=math.gcd(channels, 128),
+            **constants, **{**_OPTIONS, "num_warps": _warps(block * _TILE_X, _VECTOR // grad.itemsize)},
+            **_registers(rois, 128 if len(grads) <= 5 else 168),
+        )  # fmt: skip
+        if ends[-1]:
+            first_blocks = list(itertools.accumulate((math.ceil(n / _BLOCK) for n in sizes), initial=0))
+            backward_kernels.add_up[(first_blocks[-1],)](
+                kind.maps, *places, tuple(map(plain, first_blocks[:-1])), MINE=kind.mine, BLOCK=_BLOCK,
+                **_OPTIONS,
             )  # fmt: skip
-    innermost = all(map(is_channels_last, grads))
-    most = 8 if rois.dtype == torch.float64 else 32 if innermost else 16
-    block_channels = min(_power_of_two(channels), most)
-    # Weights of so many bins at a time as there are registers for.
-    run = bins[1] if bins[1] <= 8 else math.ceil(bins[1] / math.ceil(bins[1] / 5))
-    for maps, mine in _by_dtype(grads):
-        with _device_of(rois):
-            backward_kernels.backward[(tiles * math.ceil(channels / block_channels),)](
-                *_describe(maps), grad, tuple(map(plain, strides(grad))), mask, first_tiles, tiles, words,
-                rois, channels, rule.scales,
-                MINE=mine, BINS_Y=bins[0], BINS_X=bins[1], RATIO=sampling_ratio, ALIGNED=aligned,
-                INNERMOST=innermost, TILE_Y=_TILE_Y, TILE_X=_TILE_X, BLOCK_CHANNELS=block_channels, RUN=run,
-                **_OPTIONS, **_registers(rois, 168 if sampling_ratio > 0 else 208),
-            )  # fmt: skip
+
+
+def _rounded_up(size: int) -> int:
+    """Of a part of a map, so that each begins where several numbers can be read at once."""
+    return math.ceil(size / _VECTOR) * _VECTOR
+
+
+class Cut(NamedTuple):
+    """How gradient maps are cut into tiles, and the tiles of coarse ones into parts."""
+
+    first_tiles: tuple[int, ...]  # of each map, `plain`
+    tiles: int
+    parts: tuple[int, ...]  # of each tile of a map
+    first_units: tuple[int, ...]  # a unit is a part of a tile
+    units: int
+
+
+@functools.lru_cache(256)
+def _cut(sizes: tuple[tuple[int, ...], ...], blocks: int, most: tuple[int, ...]) -> Cut:
+    """Cut maps `(images, height, width)` such that programs are enough, each with `blocks` of channels."""
+    tiles = [n * math.ceil(height / _TILE_Y) * math.ceil(width / _TILE_X) for n, height, width in sizes]
+    parts = tuple(
+        min(_power_of_two(math.ceil(_ENOUGH / (n * blocks))), m) for n, m in zip(tiles, most, strict=True)
+    )
+    first_tiles = list(itertools.accumulate(tiles, initial=0))
+    units = list(itertools.accumulate((n * m for n, m in zip(tiles, parts, strict=True)), initial=0))
+    plains = [tuple(map(plain, numbers[:-1])) for numbers in (first_tiles, units)]
+    return Cut(plains[0], first_tiles[-1], parts, plains[1], units[-1])
+
+
+def _most_parts(grads: Sequence[Tensor], count: int) -> tuple[int, ...]:
+    """Parts that are worth it, a power of two: some RoIs each, of maps without gaps in memory."""
+    few = min(_MOST_PARTS, _power_of_two(count // len(grads[0]) // 16))
+    return tuple(few if _is_dense(g) else 1 for g in grads)
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether a tensor lies in memory without gaps."""
+    return 1 + sum((n - 1) * step for n, step in zip(t.shape, strides(t), strict=True)) == t.numel()
+
+
+def _kinds(maps: Sequence[Tensor]) -> list[Kind]:
+    """Nearly always one. In the place of a map of another kind stands one that is never looked at."""
+    kinds, named = [], [(m.dtype, is_channels_last(m)) for m in maps]
+    for kind in dict.fromkeys(named):
+        same = [m for m, name in zip(maps, named, strict=True) if name == kind]
+        mine = sum(1 << i for i, name in enumerate(named) if name == kind)
+        stand_ins = tuple(m if name == kind else same[0] for m, name in zip(maps, named, strict=True))
+        kinds.append(Kind(stand_ins, mine, _multiple(same)))
+    return kinds
+
+
+def _multiple(tensors: Sequence[Tensor]) -> int:
+    """0 if channels are not innermost, else what the strides of everything else are multiples of."""
+    if not all(map(is_channels_last, tensors)):
+        return 0
+    return math.gcd(16, *(strides(t)[axis] for t in tensors for axis in (0, 2, 3)))
+
+
+def _largest(maps: Sequence[Tensor]) -> tuple[int, int]:
+    """The most rows and the most columns."""
+    return max(m.shape[2] for m in maps), max(m.shape[3] for m in maps)
+
+
+def _evenly(bins: int) -> int:
+    """Bins that a program takes, so that all take about as many."""
+    return math.ceil(bins / math.ceil(bins / _AT_ONCE))
+
+
+def _warps(numbers: int, each: int) -> int:
+    """Warps of a program with so many numbers, and for each thread so many of them."""
+    return max(1, min(4, numbers // (each * _WARP)))
 
 
 def _device_of(t: Tensor) -> AbstractContextManager[Any]:
@@ -149,14 +330,6 @@ def _registers(rois: Tensor, most: int) -> dict[str, int]:
     return {"maxnreg": 255 if rois.dtype == torch.float64 else most} if nvidia else {}
 
 
-@functools.lru_cache(256)
-def _tiles(sizes: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], int]:
-    """The number of the first tile of each map `(images, height, width)`, and how many there are."""
-    tiles = (n * math.ceil(height / _TILE_Y) * math.ceil(width / _TILE_X) for n, height, width in sizes)
-    *starts, total = itertools.accumulate(tiles, initial=0)
-    return tuple(map(plain, starts)), total
-
-
 def _too_wide(maps: Sequence[Tensor], dtype: torch.dtype) -> bool:
     """Whether a map has cells that the kernels, which count them in floats, cannot tell apart."""
     return dtype == torch.float32 and max(max(m.shape[2:]) for m in maps) > 2**24
@@ -166,37 +339,6 @@ def _describe(maps: Sequence[Tensor]) -> tuple[tuple[Any, ...], ...]:
     """Pointers, then image, channel, row and column strides, heights and widths: a tuple over levels each."""
     rows = [(*map(plain, strides(m)), *map(plain, m.shape[2:])) for m in maps]
     return tuple(maps), *zip(*rows, strict=True)
-
-
-def _by_dtype(maps: Sequence[Tensor]) -> list[tuple[list[Tensor], int]]:
-    """For each dtype, nearly always one: its maps, and their places as bits.
-
-    Kernels never look at the maps of other dtypes, but their places must be taken.
-    """
-    launches = []
-    for dtype in dict.fromkeys(m.dtype for m in maps):
-        stand_in = next(m for m in maps if m.dtype == dtype)
-        mine = sum(1 << i for i, m in enumerate(maps) if m.dtype == dtype)
-        launches.append(([m if m.dtype == dtype else stand_in for m in maps], mine))
-    return launches
-
-
-def _innermost(maps: Sequence[Tensor], out: Tensor) -> int:
-    """0 if channels are not innermost, else what the strides of everything else are multiples of."""
-    if not all(map(is_channels_last, (*maps, out))):
-        return 0
-    return math.gcd(16, *(strides(t)[axis] for t in (*maps, out) for axis in (0, 2, 3)))
-
-
-@functools.lru_cache(256)
-def _forward_blocks(bins: int, channels: int, innermost: int, sampling_ratio: int) -> tuple[int, int]:
-    """Bins and channels per program: eight elements of the output, or four, for each of 128 threads."""
-    if innermost:
-        block_channels = min(_power_of_two(channels), 128)
-        elements = 1024 if sampling_ratio > 0 else 512  # an adaptive grid takes registers
-        return min(_power_of_two(bins), elements // block_channels), block_channels
-    block_bins = min(_power_of_two(bins), 64)
-    return block_bins, min(_power_of_two(channels), 1024 // block_bins)
 
 
 def _power_of_two(n: int) -> int:

@@ -148,3 +148,62 @@ def sample_point(bin_start, bin_size, grid, index, extent, RATIO: tl.constexpr):
     point = bin_start + share((index + 0.5) * bin_size, grid, RATIO)
     touched = (point >= -1) & (point <= extent)
     return tl.minimum(tl.maximum(tl.where(touched, point, 0.0), 0.0), extent - 1), touched
+
+
+@triton.jit
+def most(numbers):
+    """The largest of a vector of counts."""
+    return tl.max(numbers, 0)
+
+
+@triton.jit
+def weight_of(cell, bin_start, bin_size, extent, RATIO: tl.constexpr):
+    """The weights of a vector of cells in one bin, or of one cell each in a vector of bins."""
+    bin_start = bin_start + cell * 0
+    grid, first, number = visits(bin_start, bin_size, cell - 1, cell + 1, RATIO)
+    total = cell * 0
+    if RATIO > 0 and RATIO <= UNROLLED:
+        for i in tl.static_range(RATIO):
+            total += _hat(cell, bin_start, bin_size, grid, i, extent, RATIO)
+    else:
+        for i in range(most(number)):
+            hat = _hat(cell, bin_start, bin_size, grid, first + i, extent, RATIO)
+            total += tl.where(i < number, hat, 0.0)
+    return share(total, grid, RATIO)
+
+
+@triton.jit
+def _hat(cell, bin_start, bin_size, grid, index, extent, RATIO: tl.constexpr):
+    """What a point gives a cell: 1 where it lies, falling to 0 at a distance of one."""
+    point, touched = sample_point(bin_start, bin_size, grid, index, extent, RATIO)
+    return tl.where(touched, tl.maximum(1 - tl.abs(cell - point), 0.0), 0.0)
+
+
+@triton.jit
+def _rounding(start, size):
+    """How far from where it should be, at most, rounding may put a sampling point of a RoI."""
+    eps: tl.constexpr = 2e-6 if start.dtype == tl.float32 else 4e-15
+    return (tl.abs(start) + tl.abs(size)) * eps
+
+
+@triton.jit
+def reach(start, size, extent):
+    """The first and the last cell along one axis that a RoI may touch: rather too many than too few."""
+    margin = _rounding(start, size)
+    low = tl.minimum(start, start + size) - margin
+    high = tl.maximum(start, start + size) + margin
+    meets = (high >= -1) & (low <= extent)
+    first = tl.minimum(tl.maximum(tl.floor(low), 0.0), extent - 1)
+    last = tl.minimum(tl.maximum(tl.floor(high) + 1, 0.0), extent - 1)
+    return tl.where(meets, first, extent), tl.where(meets, last, -1.0)
+
+
+@triton.jit
+def bins_within(start, size, bin_size, low, high, BINS: tl.constexpr):
+    """From which bin, to which one no more, points may lie in `[low, high]`."""
+    margin = _rounding(start, size)
+    first = tl.floor(divide(low - margin - start, bin_size) - 0.01)
+    stop = tl.floor(divide(high + margin - start, bin_size) + 0.01) + 1
+    first = tl.where(bin_size > 0, tl.minimum(tl.maximum(first, 0.0), BINS), 0.0)
+    stop = tl.where(bin_size > 0, tl.minimum(tl.maximum(stop, 0.0), BINS), BINS)
+    return first.to(tl.int32), stop.to(tl.int32)

@@ -1,0 +1,192 @@
+"""Where every bin of every RoI reads: written by one small launch, read by all others.
+
+Of a grid of fixed ratio, the forward pass needs no more than the *places* of its points along either axis.
+All else goes by *runs*. Along one axis of one RoI a bin reads a run of cells and, seen from the map, a cell
+is read by a run of bins; both find the weight of bin `b` in cell `c` at `c + 3 * b - origin`. No two pairs
+meet there, because a bin ends at most two cells after the next begins. (Where the end of a RoI comes before
+its start, so that its bins go down, it is `c - 3 * b - origin`.)
+
+A RoI has a row of integers: its map, or -1 if it cannot be pooled; then for either axis its first cell, its
+last, the length of its longest run, the origin and the step of its weights; then, for either axis, the runs.
+"""
+
+import triton
+import triton.language as tl
+
+from .geometry import bins_within, divide, locate, most, reach, sample_point, visits, weight_of, whole_of
+
+LOW, HIGH, LONGEST, ORIGIN, STEP = (tl.constexpr(i) for i in range(1, 6))  # of y
+OF_X = tl.constexpr(5)  # further on are those of x
+HEAD = tl.constexpr(11)
+APART = tl.constexpr(3)
+BLOCK = tl.constexpr(32)  # bins or cells that are looked at at once
+
+
+@triton.jit
+def pack(first, stop):
+    """A run as one integer."""
+    return first.to(tl.int64) | (stop.to(tl.int64) << 32)
+
+
+@triton.jit
+def unpack(run):
+    """The first of a run, and how many there are."""
+    first = run.to(tl.int32)
+    return first, (run >> 32).to(tl.int32) - first
+
+
+@triton.jit(do_not_specialize=["count", "images"])
+def place(
+    rows, places, heights, widths, rois, levels, count, images, scales, thresholds,
+    ORDER: tl.constexpr, ALIGNED: tl.constexpr,
+    BINS_Y: tl.constexpr, BINS_X: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Where the points of all bins lie along y, then along x: in cells of the map; -1 if they miss it.
+
+    A row has no more than the map.
+    """
+    dtype: tl.constexpr = rois.dtype.element_ty
+    ALONG_Y: tl.constexpr = BINS_Y * RATIO
+    ALL: tl.constexpr = ALONG_Y + BINS_X * RATIO
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    k, i = at // ALL, at % ALL
+    poolable, level, image, y_start, y_size, x_start, x_size = locate(
+        rois, levels, k, count, images, scales, thresholds, ORDER, ALIGNED
+    )
+    along_y = i < ALONG_Y
+    i = tl.where(along_y, i, i - ALONG_Y).to(tl.int32)
+    extent = tl.where(along_y, whole_of(heights, level), whole_of(widths, level)).to(dtype)
+    start = tl.where(along_y, y_start, x_start)
+    bin_size = tl.where(along_y, divide(y_size, BINS_Y * 1.0), divide(x_size, BINS_X * 1.0))
+    bin_start = start + (i // RATIO).to(dtype) * bin_size
+    grid = bin_size * 0 + RATIO
+    point, touched = sample_point(bin_start, bin_size, grid, (i % RATIO).to(dtype), extent, RATIO)
+    tl.store(places + at, tl.where(touched & poolable, point, -1.0), k < count)
+    home = tl.where(poolable, image * len(scales) + level, -1)
+    tl.store(rows + k, home, (k < count) & along_y & (i == 0))
+
+
+@triton.jit(do_not_specialize=["row_length", "length", "height", "width", "count", "images"])
+def write_for_bins(
+    rows, row_length, numbers, length, height, width, heights, widths,
+    rois, levels, count, images, scales, thresholds,
+    ORDER: tl.constexpr, ALIGNED: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr,
+):  # fmt: skip
+    """The runs of the bins of an adaptive grid, of one axis of a RoI per program."""
+    k, axis = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2
+    write_runs(
+        rows, row_length, numbers, length, height, width, heights, widths,
+        rois, levels, k, axis, count, images, scales, thresholds,
+        ORDER, ALIGNED, BINS_Y, BINS_X, 0, False, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def write_runs(
+    rows, row_length, weights, length, height, width, heights, widths,
+    rois, levels, k, axis, count, images, scales, thresholds,
+    ORDER: tl.constexpr, ALIGNED: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr,
+    RATIO: tl.constexpr, OF_CELLS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The head, the runs and the weights of one axis of RoI `k`.
+
+    `height` and `width` are those of the largest map. Runs are of bins, or seen from the map `OF_CELLS`.
+    """
+    poolable, level, image, y_start, y_size, x_start, x_size = locate(
+        rois, levels, k, count, images, scales, thresholds, ORDER, ALIGNED
+    )
+    row, weights = rows + k * row_length, weights + k * length
+    head, runs = row + OF_X * axis, row + HEAD
+    if axis == 0:
+        tl.store(row, tl.where(poolable, image * len(scales) + level, -1))
+        extent = whole_of(heights, level)
+        _write_axis(head, runs, weights, y_start, y_size, extent, poolable, BINS_Y, RATIO, OF_CELLS, BLOCK)
+    else:
+        runs += height if OF_CELLS else BINS_Y
+        weights += height + APART * BINS_Y
+        extent = whole_of(widths, level)
+        _write_axis(head, runs, weights, x_start, x_size, extent, poolable, BINS_X, RATIO, OF_CELLS, BLOCK)
+
+
+@triton.jit
+def _write_axis(
+    head, runs, weights, start, size, cells, poolable,
+    BINS: tl.constexpr, RATIO: tl.constexpr, OF_CELLS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = start.dtype
+    extent = cells.to(dtype)
+    low, high = reach(start, size, extent)
+    high = tl.where(poolable, high, -1.0)
+    low, high = low.to(tl.int64), high.to(tl.int64)
+    bin_size = divide(size, BINS * 1.0)
+    step = tl.where(size < 0, -APART, APART).to(tl.int64)
+    origin = low + tl.minimum(step, 0) * (BINS - 1)
+    if OF_CELLS:
+        longest = _runs_of_cells(
+            runs, weights - origin, step, low, high, start, size, bin_size, extent, BINS, RATIO, BLOCK
+        )  # fmt: skip
+    else:
+        stop = tl.where(poolable, BINS, 0)
+        longest = _runs_of_bins(
+            runs, weights - origin, step, stop, start, bin_size, extent, BINS, RATIO, BLOCK
+        )  # fmt: skip
+    tl.store(head + LOW, low)
+    tl.store(head + HIGH, high)
+    tl.store(head + LONGEST, longest)
+    tl.store(head + ORIGIN, origin)
+    tl.store(head + STEP, step)
+
+
+@triton.jit
+def _runs_of_bins(
+    runs, weights, step, stop, start, bin_size, extent,
+    BINS: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of every bin, from its first point's low cell to its last one's high cell."""
+    longest = tl.zeros((), tl.int64)
+    for b0 in range(0, stop, BLOCK):
+        b = b0 + tl.arange(0, BLOCK)
+        bin_start = start + b.to(start.dtype) * bin_size
+        grid, first, number = visits(bin_start, bin_size, -1.0, extent, RATIO)
+        number = tl.where(b < BINS, number, 0)
+        lowest, highest = extent + bin_start * 0, bin_start * 0 - 1
+        for i in range(most(number)):
+            point, touched = sample_point(bin_start, bin_size, grid, first + i, extent, RATIO)
+            cell = tl.floor(point)
+            touched &= i < number
+            lowest = tl.where(touched, tl.minimum(lowest, cell), lowest)
+            highest = tl.where(touched, tl.maximum(highest, tl.minimum(cell + 1, extent - 1)), highest)
+        length = tl.maximum(highest - lowest + 1, 0.0).to(tl.int64)
+        cell = lowest.to(tl.int64)
+        tl.store(runs + b, pack(cell, cell + length), b < BINS)
+        for i in range(most(length)):
+            weight = weight_of(lowest + i, bin_start, bin_size, extent, RATIO)
+            tl.store(weights + cell + i + step * b, weight, (b < BINS) & (i < length))
+        longest = tl.maximum(longest, most(length))
+    return longest
+
+
+@triton.jit
+def _runs_of_cells(
+    runs, weights, step, low, high, start, size, bin_size, extent,
+    BINS: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of every cell, from the first bin that gives it something to the last."""
+    longest = tl.zeros((), tl.int64)
+    for c0 in range(low, high + 1, BLOCK):
+        c = c0 + tl.arange(0, BLOCK)
+        cell = c.to(start.dtype)
+        before = start * 0 + c0 - 1
+        b0, b1 = bins_within(start, size, bin_size, before, before + (BLOCK + 1), BINS)
+        first, stop = c * 0 + BINS, c * 0
+        for b in range(b0, b1):
+            weight = weight_of(cell, start + b * bin_size, bin_size, extent, RATIO)
+            first = tl.where(weight != 0, tl.minimum(first, b), first)
+            stop = tl.where(weight != 0, b + 1, stop)
+        first = tl.minimum(first, stop)
+        tl.store(runs + c - low, pack(first, stop), c <= high)
+        for b in range(b0, b1):
+            weight = weight_of(cell, start + b * bin_size, bin_size, extent, RATIO)
+            tl.store(weights + c + step * b, weight, (c <= high) & (first <= b) & (b < stop))
+        longest = tl.maximum(longest, most(tl.where(c <= high, stop - first, 0)))
+    return longest
