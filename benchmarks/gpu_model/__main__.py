@@ -1,0 +1,234 @@
+"""What a launch of the GPU engine will cost, without a GPU: `PYTHONPATH=src python -m benchmarks.gpu_model`.
+
+Nothing is described by hand. A call is made as ever, and its kernels are compiled as they are launched.
+Of each grid some programs are run in PTX (`emulator`), with the real boxes: that counts how often each
+basic block runs, and which sectors and lines each warp asks for at each load and store. The machine code
+of the blocks (`sass`) turns that into instructions, and into the time a warp takes if it is alone. `cost`
+makes bounds of them, of which the largest is the prediction. torchvision's kernels go the same way.
+
+What is not modelled: hits in L1 between programs, L2 misses of the second time, conflicts between banks
+of shared memory, the host. What DRAM must bring is counted once, whatever kernels ask for.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from roialign import multiscale_roi_align
+from roialign.bench.workloads import make_boxes
+from roialign.levels import staircase
+from roialign.rois import boxes_to_rois
+from roialign.schema import Pooling
+
+from . import cost, launches, sass
+from .emulator import Buffer, run
+from .ptx import parse
+
+STRIDES, SIZE, CHANNELS = (4, 8, 16, 32), (800, 1344), 256
+SAMPLE = 1 << 17  # lanes that are run of a launch, and at a time
+
+
+class Workload(NamedTuple):
+    """Named as in `benchmarks/gpu.py`, where that has it."""
+
+    name: str
+    counts: Sequence[int]
+    passes: tuple[str, ...] = ("forward",)
+    size: int = 7
+    dtype: torch.dtype = torch.float32
+    layout: str = "contiguous"
+    grad: str = ""  # layout of the gradient, if not that of the maps
+    smallest: float = 0.0  # side of the boxes in pixels, if they are to be large
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{self.name}, {kind}, {self.layout}"
+
+
+BOTH = ("forward", "backward")
+WORKLOADS = [
+    Workload("box head", [1000]),
+    Workload("box head", [1000], layout="channels_last"),
+    Workload("box head", [1000], dtype=torch.bfloat16),
+    Workload("box head", [1000], dtype=torch.bfloat16, layout="channels_last"),
+    Workload("mask head", [100], size=14),
+    Workload("backward", [512], ("backward",)),
+    Workload("backward", [512], ("backward",), layout="channels_last"),
+    Workload("backward, NCHW gradient", [512], ("backward",), layout="channels_last", grad="contiguous"),
+    Workload("backward, large boxes", [512], ("backward",), smallest=448),
+    Workload("training 2 x 512", [512, 512], BOTH),
+    Workload("backward 16 x 512", [512] * 16, ("backward",)),
+]
+
+
+def inputs(w: Workload) -> tuple[list[Tensor], Tensor, Pooling, Tensor]:
+    """Maps without values, which cost no memory, and boxes as a proposal network gives them."""
+    boxes = make_boxes(sum(w.counts), SIZE)
+    if w.smallest:
+        many = make_boxes(64 * sum(w.counts), SIZE)
+        area = (many[:, 2] - many[:, 0]) * (many[:, 3] - many[:, 1])
+        boxes = many[area >= w.smallest**2][: sum(w.counts)]
+        assert len(boxes) == sum(w.counts)
+    features = [
+        empty((len(w.counts), CHANNELS, math.ceil(SIZE[0] / s), math.ceil(SIZE[1] / s)), w.dtype, w.layout)
+        for s in STRIDES
+    ]
+    rois = boxes_to_rois(list(boxes.split(list(w.counts))), features[0], torch.float32)
+    scales = [1 / s for s in STRIDES]
+    pooling = Pooling((w.size, w.size), scales, 2, False, *staircase(scales, 224, 4, torch.float32))
+    grad = empty((len(rois), CHANNELS, w.size, w.size), w.dtype, w.grad or w.layout)
+    return features, rois, pooling, grad
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, memory_format=memory_format)
+
+
+def touched(w: Workload, features: list[Tensor], rois: Tensor) -> int:
+    """Bytes of the sectors that pooling must read."""
+    leaves = [torch.zeros(len(f), 1, *f.shape[2:], requires_grad=True) for f in features]
+    scales = [1 / s for s in STRIDES]
+    boxes = list(rois[:, 1:].split(list(w.counts)))
+    multiscale_roi_align(leaves, boxes, w.size, scales, 2).sum().backward()
+    item = features[0].element_size()
+    cells = cost.SECTOR // item
+    total = 0
+    for leaf in leaves:
+        mask = leaf.grad != 0
+        if w.layout == "channels_last":
+            total += int(mask.sum()) * CHANNELS * item
+        else:
+            flat = torch.nn.functional.pad(mask.flatten(), (0, -mask.numel() % cells))
+            total += int(flat.view(-1, cells).any(1).sum()) * CHANNELS * cost.SECTOR
+    return total
+
+
+def floor_bytes(w: Workload, what: str, features: list[Tensor], rois: Tensor) -> int:
+    """Bytes that any implementation must move: maps or their gradients, and pooled values."""
+    pooled = len(rois) * CHANNELS * w.size**2 * features[0].element_size()
+    maps = touched(w, features, rois) if what == "forward" else sum(f.nbytes for f in features)
+    return pooled + maps
+
+
+def programs(grid: int, most: int) -> np.ndarray:
+    """Some of a grid. The step has no divisor in common with it, so tiles and channels are all met."""
+    step = math.ceil(grid / most)
+    while math.gcd(step, grid) > 1:
+        step += 1
+    return np.arange(0, grid, step)
+
+
+def modelled(launch: launches.Launch, complete: bool, dram: float, gpu: cost.Gpu) -> cost.Cost:
+    """Run programs of a launch, all of them if later launches read what it writes.
+
+    `dram` is how many bytes DRAM must bring or take for it.
+    """
+    kernel = parse(launch.ptx)
+    code = sass.assemble(kernel, launch.options)
+    arguments, memory = launches.placed(launch.arguments)
+    chosen = programs(launch.grid, launch.grid if complete else SAMPLE // launch.threads)
+    counts = run(
+        kernel, chosen, lanes=SAMPLE, threads=launch.threads, arguments=arguments,
+        buffers=[Buffer(*m) for m in memory], grid=launch.grid, shared=launch.shared,
+    )  # fmt: skip
+    return cost.cost(
+        launch.name, counts, code, grid=launch.grid, threads=launch.threads, shared=launch.shared,
+        dram=dram, gpu=gpu,
+    )  # fmt: skip
+
+
+def result(w: Workload, what: str, gpu: cost.Gpu) -> dict[str, Any]:
+    """Of one pass: launches of ours and of torchvision's, and the least time."""
+    features, rois, pooling, grad = inputs(w)
+    grad_or_none = grad if what == "backward" else None
+    floor = floor_bytes(w, what, features, rois)
+    mine = list(launches.ours(features, rois, pooling, grad_or_none))
+    ours = [modelled(x, x is not mine[-1], floor if x is mine[-1] else 0, gpu) for x in mine]
+    theirs, copied = [], 0
+    if w.dtype == torch.float32:
+        maps = sum(f.nbytes for f in features)
+        # RoIs of a map are taken out and put back; maps or gradients are copied to NCHW, gradients zeroed.
+        copied = 3 * grad.nbytes if what == "forward" else 2 * grad.nbytes + maps
+        copied += 2 * maps if w.layout == "channels_last" else 0
+        theirs = [
+            modelled(x, False, floor * x.arguments[0] / grad.numel(), gpu)
+            for x in launches.theirs(features, rois, pooling, grad_or_none)
+        ]
+    return {
+        "workload": w.name, "dtype": str(w.dtype).removeprefix("torch."), "layout": w.layout, "pass": what,
+        "gpu": gpu.name, "floor ms": 1e3 * floor / gpu.dram,
+        "ours": ours, "torchvision": theirs, "torchvision copies ms": 1e3 * copied / gpu.dram,
+        "ours ms": 1e3 * sum(c.total for c in ours), "torchvision ms": 1e3 * sum(c.total for c in theirs),
+    }  # fmt: skip
+
+
+def lines(r: dict[str, Any]) -> Iterator[str]:
+    """A result as rows of the table."""
+    yield f"{r['workload']}, {r['dtype']}, {r['layout']}: {r['pass']}"
+    for who in ("ours", "torchvision"):
+        for c in r[who]:
+            bounds = sorted(c.seconds.items(), key=lambda item: -item[1])[:4]
+            yield (
+                f"  {who:11} {c.name:17} {1e3 * c.total:7.3f} ms {c.instructions / 1e6:8.2f} M "
+                f"{c.per_program:8.0f} {c.lines_per_load:6.1f} {c.sectors_per_load:6.1f} "
+                f"{c.l2_bytes / 1e6:8.1f} {c.resident:3d}  "
+                + ", ".join(f"{name} {1e3 * s:.3f}" for name, s in bounds)
+                + f"; longest {1e3 * c.longest:.3f}, drain {1e3 * c.drain:.3f}"
+            )
+    yield (
+        f"  = ours {r['ours ms']:.3f} ms, torchvision {r['torchvision ms']:.3f} ms and copies "
+        f"{r['torchvision copies ms']:.3f}, floor {r['floor ms']:.3f}"
+    )
+
+
+def compared(results: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Beside what `benchmarks/gpu.py` measured: its kernels alone, and torchvision's module."""
+    for row in rows:
+        key = [row[name] for name in ("workload", "dtype", "layout")]
+        mine = [r for r in results if [r[name] for name in ("workload", "dtype", "layout")] == key]
+        if not mine:
+            continue
+        pairs = [("ours", "kernels alone", sum(r["ours ms"] for r in mine))]
+        if mine[0]["torchvision"]:
+            whole = sum(r["torchvision ms"] + r["torchvision copies ms"] for r in mine)
+            pairs.append(("torchvision", "torchvision", whole))
+        for who, name, model in pairs:
+            measured = row["ms"][name]
+            yield f"{', '.join(key):42} {who:11} {model:8.3f} {measured:8.3f} {model / measured:6.2f}x"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workload", help="only those with this in their name", default="")
+    parser.add_argument("--gpu", choices=cost.GPUS, default="h100")
+    parser.add_argument("--json", help="file to write the figures to")
+    parser.add_argument("--measured", help="file that benchmarks/gpu.py wrote, to compare with")
+    arguments = parser.parse_args()
+    print(
+        f"  {'who':11} {'launch':17} {'predicted':>10} {'warp instr.':>10} {'per warp':>8} {'lines':>6} "
+        f"{'sectors':>6} {'L2 MB':>8} {'warps':>3}  bounds, ms"
+    )
+    results = []
+    for w in WORKLOADS:
+        if arguments.workload in str(w):
+            for what in w.passes:
+                results.append(result(w, what, cost.GPUS[arguments.gpu]))
+                print(*lines(results[-1]), sep="\n", flush=True)
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(results, file, indent=2, default=lambda x: x._asdict())
+    if arguments.measured:
+        with open(arguments.measured) as file:
+            print(f"{'':42} {'':11} {'model':>8} {'measured':>8} ratio")
+            print(*compared(results, json.load(file)["rows"]), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""Run programs of a launch, as PTX says, on NumPy arrays of lanes; count blocks, and memory by warps.
+
+Of all lanes, those that are furthest behind in the text run next, so lanes that parted meet again where
+the hardware lets them, and all threads of a program reach a barrier together.
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .ptx import DTYPES, Kernel
+from .translate import Translator
+
+WARP = 32
+SECTOR, LINE = 32, 128  # bytes that L2 hands over, and that a tag of L1 stands for
+
+
+class Buffer(NamedTuple):
+    """Memory of the GPU: where it begins, and its bytes."""
+
+    base: int
+    data: np.ndarray
+
+
+@dataclass
+class Access:
+    """What the warps ask for at one instruction: sums over all programs that ran."""
+
+    kind: str  # load, store or atomic
+    space: str  # global or shared
+    requests: int = 0
+    lanes: int = 0
+    lines: int = 0
+    sectors: int = 0
+
+
+class Counts(NamedTuple):
+    """How often programs did what."""
+
+    programs: int
+    warps: np.ndarray  # [blocks, programs]: how many warps of a program ran a block, all visits together
+    accesses: dict[int, Access]  # by line of the text
+    sectors: dict[str, int]  # per kind: those that differ, program by program
+
+
+class Machine:
+    """Some programs of a grid of one dimension, side by side."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        arguments: Sequence[Any],
+        buffers: Sequence[Buffer],
+        *,
+        programs: np.ndarray,
+        grid: int,
+        threads: int,
+        shared: int = 0,
+    ) -> None:
+        self.kernel, self.threads = kernel, threads
+        assert len(arguments) == len(kernel.parameters), (len(arguments), kernel.parameters)
+        self.parameters = np.zeros(len(arguments), np.uint64)
+        for slot, ((kind, _), value) in enumerate(zip(kernel.parameters, arguments, strict=True)):
+            self.parameters[slot : slot + 1].view(DTYPES[kind])[0] = value
+        self.lanes = len(programs) * threads
+        tid = np.tile(np.arange(threads, dtype=np.uint32), len(programs))
+        self.program = np.repeat(np.arange(len(programs)), threads)
+        self.specials = {
+            "%tid.x": tid,
+            "%laneid": tid % WARP,
+            "%ctaid.x": np.repeat(programs.astype(np.uint32), threads),
+            "%ntid.x": np.array([threads], np.uint32),
+            "%nctaid.x": np.array([grid], np.uint32),
+        }
+        self.registers: dict[str, np.ndarray] = {}
+        self.buffers = sorted(buffers)
+        self.bases = np.array([b.base for b in self.buffers], np.int64)
+        self.shared = np.zeros(len(programs) * shared, np.uint8)
+        self.shared_bytes = shared
+        self.accesses: dict[int, Access] = {}
+        self.seen: dict[str, list[np.ndarray]] = {"load": [], "store": [], "atomic": []}
+
+    # What blocks do with registers. `n` holds the lanes that run, or is None: all.
+
+    def take(self, register: str, n: Any) -> np.ndarray:
+        value = self.registers[register]
+        return value if n is None else value[n]
+
+    def put(self, register: str, value: np.ndarray, n: Any) -> None:
+        if n is None:
+            self.registers[register] = np.broadcast_to(value, self.lanes).copy()
+            return
+        if register not in self.registers:
+            self.registers[register] = np.zeros(self.lanes, value.dtype)
+        self.registers[register][n] = value
+
+    def special(self, name: str, n: Any) -> np.ndarray:
+        value = self.specials[name]
+        return value if n is None or len(value) == 1 else value[n]
+
+    def parameter(self, where: np.ndarray, dtype: Any) -> np.ndarray:
+        assert not (where % 8).any(), "within a parameter"
+        return self.parameters[where // 8].view(dtype)[:: 8 // np.dtype(dtype).itemsize]
+
+    # Arithmetic that NumPy has in another form.
+
+    @staticmethod
+    def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        a, b = np.broadcast_arrays(a, b)
+        quotient = a // np.where(b == 0, 1, b).astype(a.dtype)
+        return quotient + ((a < 0) != (b < 0)) * (quotient * b != a) if a.dtype.kind == "i" else quotient
+
+    @classmethod
+    def remainder(cls, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a - cls.quotient(a, b).astype(a.dtype) * b).astype(a.dtype)
+
+    @staticmethod
+    def shift(a: np.ndarray, by: np.ndarray, sign: str) -> np.ndarray:
+        bits = 8 * a.dtype.itemsize
+        function = operator.lshift if sign == "<<" else operator.rshift
+        shifted = function(a, np.minimum(by, bits - 1).astype(a.dtype))
+        return np.where(by < bits, shifted, a.dtype.type(0)) if a.dtype.kind == "u" else shifted
+
+    @staticmethod
+    def leading_zeros(a: np.ndarray) -> np.ndarray:
+        return (32 - np.frexp(a.view(np.uint32).astype(np.float64))[1]).astype(np.uint32)
+
+    @staticmethod
+    def reversed_bits(a: np.ndarray) -> np.ndarray:
+        return np.packbits(np.unpackbits(a.view(np.uint8))[::-1]).view(a.dtype)[::-1]
+
+    @staticmethod
+    def to_integer(a: np.ndarray, dtype: Any) -> np.ndarray:
+        """Saturated, and NaN is 0."""
+        info = np.iinfo(dtype)
+        wide = np.nan_to_num(a.astype(np.float64), nan=0.0)
+        whole = np.clip(wide, float(info.min), float(info.max))
+        return np.where(wide >= float(info.max), info.max, whole.astype(dtype)).astype(dtype)
+
+    @staticmethod
+    def to_half(a: np.ndarray, kind: str) -> np.ndarray:
+        if kind == "f16":
+            return a.astype(np.float16).view(np.uint16)
+        bits = a.astype(np.float32).view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        return np.where(np.isnan(a), 0x7FFF, rounded).astype(np.uint16)
+
+    # Between lanes.
+
+    def _by_warp(self, a: np.ndarray, n: Any) -> np.ndarray:
+        count = self.lanes if n is None else len(n)
+        whole = n is None or (count % WARP == 0 and (n[::WARP] % WARP == 0).all())
+        assert whole, "a warp exchanges values when some of its lanes are elsewhere"
+        return np.broadcast_to(a, count).reshape(-1, WARP)
+
+    def reduce(self, a: np.ndarray, how: str, n: Any) -> np.ndarray:
+        function = {"add": np.add, "min": np.minimum, "max": np.maximum, "or": np.bitwise_or}[how]
+        return np.repeat(function.reduce(self._by_warp(a, n), axis=1), WARP).astype(a.dtype)
+
+    def shuffle(self, a: np.ndarray, by: np.ndarray, how: str, n: Any) -> np.ndarray:
+        lane, by = np.arange(WARP), self._by_warp(by, n).astype(np.int64)
+        source = {"bfly": lane ^ by, "idx": by % WARP, "down": lane + by, "up": lane - by}[how]
+        source = np.where((source < 0) | (source >= WARP), lane, source)
+        return np.take_along_axis(self._by_warp(a, n), np.broadcast_to(source, (len(by), WARP)), 1).ravel()
+
+    def barrier(self, n: Any) -> None:
+        counts = np.bincount(self.program if n is None else self.program[n])
+        assert np.isin(counts, (0, self.threads)).all(), "threads of a program part at a barrier"
+
+    # Memory.
+
+    def load(
+        self, line: int, space: str, where: Any, dtype: Any, parts: int, guard: Any, n: Any
+    ) -> list[Any]:
+        lanes, where, kept = self._ask("load", line, space, where, guard, n)
+        size = np.dtype(dtype).itemsize
+        results = []
+        for part in range(parts):
+            got = np.zeros(len(where), dtype)
+            for data, chosen, offsets in self._places(space, lanes, where + part * size, size):
+                got[chosen] = data.view(dtype)[offsets]
+            full = got
+            if kept is not None:
+                full = np.zeros(len(kept), dtype)
+                full[kept] = got
+            results.append(full)
+        return results
+
+    def store(self, line: int, space: str, where: Any, values: Any, guard: Any, n: Any) -> None:
+        dtype = values[0].dtype
+        lanes, where, kept = self._ask("store", line, space, where, guard, n)
+        count = self.lanes if n is None else len(n)
+        for part, value in enumerate(values):
+            value = np.broadcast_to(value, count)
+            value = value if kept is None else value[kept]
+            for data, chosen, offsets in self._places(
+                space, lanes, where + part * dtype.itemsize, dtype.itemsize
+            ):
+                data.view(dtype)[offsets] = value[chosen]
+
+    def atomic_add(self, line: int, where: Any, value: Any, guard: Any, n: Any) -> np.ndarray:
+        """Returns nothing of use: what lay there before depends on the order."""
+        lanes, where, kept = self._ask("atomic", line, "global", where, guard, n)
+        count = self.lanes if n is None else len(n)
+        value = np.broadcast_to(value, count)
+        chosen_value = value if kept is None else value[kept]
+        for data, chosen, offsets in self._places("global", lanes, where, value.dtype.itemsize):
+            np.add.at(data.view(value.dtype), offsets, chosen_value[chosen])
+        return np.zeros(count, value.dtype)
+
+    def _places(self, space: str, lanes: np.ndarray, where: np.ndarray, size: int) -> list[Any]:
+        """Buffers, which of the lanes are in each, and where."""
+        assert not (where % size).any(), "an address is not aligned"
+        if space == "shared":
+            assert ((where >= 0) & (where + size <= self.shared_bytes)).all(), "outside of shared memory"
+            return [(self.shared, slice(None), (self.program[lanes] * self.shared_bytes + where) // size)]
+        buffer = np.searchsorted(self.bases, where, "right") - 1
+        places = []
+        for b in np.unique(buffer):
+            chosen = slice(None) if (buffer == b).all() else buffer == b
+            offsets = where[chosen] - self.bases[b]
+            inside = b >= 0 and (offsets + size <= self.buffers[b].data.nbytes).all()
+            assert inside, f"{self.kernel.name} leaves a buffer"
+            places.append((self.buffers[b].data, chosen, offsets // size))
+        return places
+
+    def _ask(
+        self, kind: str, line: int, space: str, where: Any, guard: Any, n: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Count what warps ask for. Returns lanes that do, their addresses, and the guard if some do not."""
+        lanes = np.arange(self.lanes) if n is None else n
+        where = np.broadcast_to(where, len(lanes))
+        kept = None
+        if guard is not None:
+            kept = np.broadcast_to(guard, len(lanes))
+            if kept.all():
+                kept = None
+            else:
+                lanes, where = lanes[kept], where[kept]
+        access = self.accesses.setdefault(line, Access(kind, space))
+        if len(lanes):
+            warp = lanes // WARP
+            access.lanes += len(lanes)
+            access.requests += 1 + int(np.count_nonzero(np.diff(warp)))
+            if space == "global":
+                pairs = np.unique((warp << 43) | (where // SECTOR))
+                access.sectors += len(pairs)
+                lines = pairs // (LINE // SECTOR)
+                access.lines += 1 + int(np.count_nonzero(np.diff(lines)))
+                program = (pairs >> 43) // (self.threads // WARP)
+                self.seen[kind].append(np.unique((program << 43) | (pairs & ((1 << 43) - 1))))
+                if sum(map(len, self.seen[kind][1:])) > 1 << 23:
+                    self.seen[kind] = [np.unique(np.concatenate(self.seen[kind]))]
+        return lanes, where, kept
+
+    def run(self) -> Counts:
+        translator = Translator(self.kernel)
+        blocks = [translator.block(b) for b in range(len(self.kernel.blocks))]
+        programs = self.lanes // self.threads
+        warps = np.zeros((len(blocks), programs), np.int64)
+        at = np.zeros(self.lanes, np.int32)
+        with np.errstate(all="ignore"):
+            while (b := int(at.min())) < len(blocks):
+                n = np.flatnonzero(at == b)
+                present = np.unique(n // WARP) if len(n) < self.lanes else np.arange(self.lanes // WARP)
+                warps[b] += np.bincount(present // (self.threads // WARP), minlength=programs)
+                some = None if len(n) == self.lanes else n
+                taken = blocks[b].run(self, some)
+                lanes = slice(None) if some is None else some
+                at[lanes] = b + 1
+                if blocks[b].end:
+                    goes = len(blocks) if blocks[b].end == "ret" else blocks[b].target
+                    at[lanes] = goes if taken is True else np.where(taken, goes, b + 1)
+        sectors = {kind: len(np.unique(np.concatenate(s))) if s else 0 for kind, s in self.seen.items()}
+        return Counts(programs, warps, self.accesses, sectors)
+
+
+def run(kernel: Kernel, chosen: np.ndarray, *, lanes: int, threads: int, **launch: Any) -> Counts:
+    """The chosen programs, so many lanes at a time."""
+    step = max(lanes // threads, 1)
+    parts = [
+        Machine(kernel, programs=chosen[at : at + step], threads=threads, **launch).run()
+        for at in range(0, len(chosen), step)
+    ]
+    accesses: dict[int, Access] = {}
+    for part in parts:
+        for line, a in part.accesses.items():
+            total = accesses.setdefault(line, Access(a.kind, a.space))
+            for field in ("requests", "lanes", "lines", "sectors"):
+                setattr(total, field, getattr(total, field) + getattr(a, field))
+    sectors = {kind: sum(part.sectors[kind] for part in parts) for kind in parts[0].sectors}
+    return Counts(len(chosen), np.concatenate([p.warps for p in parts], 1), accesses, sectors)
