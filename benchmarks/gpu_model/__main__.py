@@ -27,11 +27,10 @@ from roialign.rois import boxes_to_rois
 from roialign.schema import Pooling
 
 from . import cost, launches, sass
-from .emulator import Buffer, run
+from .emulator import LANES, run
 from .ptx import parse
 
 STRIDES, SIZE, CHANNELS = (4, 8, 16, 32), (800, 1344), 256
-SAMPLE = 1 << 17  # lanes that are run of a launch, and at a time
 
 
 class Workload(NamedTuple):
@@ -132,14 +131,10 @@ def modelled(launch: launches.Launch, complete: bool, dram: float, gpu: cost.Gpu
     """
     kernel = parse(launch.ptx)
     code = sass.assemble(kernel, launch.options)
-    arguments, memory = launches.placed(launch.arguments)
-    chosen = programs(launch.grid, launch.grid if complete else SAMPLE // launch.threads)
-    counts = run(
-        kernel, chosen, lanes=SAMPLE, threads=launch.threads, arguments=arguments,
-        buffers=[Buffer(*m) for m in memory], grid=launch.grid, shared=launch.shared,
-    )  # fmt: skip
+    chosen = programs(launch.grid, launch.grid if complete else LANES // launch.threads)
+    counts = run(kernel, launch, chosen)
     return cost.cost(
-        launch.name, counts, code, grid=launch.grid, threads=launch.threads, shared=launch.shared,
+        launch.name, kernel, counts, code, grid=launch.grid, threads=launch.threads, shared=launch.shared,
         dram=dram, gpu=gpu,
     )  # fmt: skip
 
@@ -149,7 +144,7 @@ def result(w: Workload, what: str, gpu: cost.Gpu) -> dict[str, Any]:
     features, rois, pooling, grad = inputs(w)
     grad_or_none = grad if what == "backward" else None
     floor = floor_bytes(w, what, features, rois)
-    mine = list(launches.ours(features, rois, pooling, grad_or_none))
+    mine = launches.ours(features, rois, pooling, grad_or_none)
     ours = [modelled(x, x is not mine[-1], floor if x is mine[-1] else 0, gpu) for x in mine]
     theirs, copied = [], 0
     if w.dtype == torch.float32:
@@ -169,7 +164,7 @@ def result(w: Workload, what: str, gpu: cost.Gpu) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def lines(r: dict[str, Any]) -> Iterator[str]:
+def lines(r: dict[str, Any], blocks: bool) -> Iterator[str]:
     """A result as rows of the table."""
     yield f"{r['workload']}, {r['dtype']}, {r['layout']}: {r['pass']}"
     for who in ("ours", "torchvision"):
@@ -182,6 +177,9 @@ def lines(r: dict[str, Any]) -> Iterator[str]:
                 + ", ".join(f"{name} {1e3 * s:.3f}" for name, s in bounds)
                 + f"; longest {1e3 * c.longest:.3f}, drain {1e3 * c.drain:.3f}"
             )
+            for b in c.blocks if blocks else ():
+                what = f"{b.instructions:4d} instructions, {b.cycles:6.0f} cycles alone, {b.source}"
+                yield f"    {b.visits:8.2f} visits of {what}"
     yield (
         f"  = ours {r['ours ms']:.3f} ms, torchvision {r['torchvision ms']:.3f} ms and copies "
         f"{r['torchvision copies ms']:.3f}, floor {r['floor ms']:.3f}"
@@ -208,6 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", help="only those with this in their name", default="")
     parser.add_argument("--gpu", choices=cost.GPUS, default="h100")
+    parser.add_argument("--blocks", help="how often each basic block runs", action="store_true")
     parser.add_argument("--json", help="file to write the figures to")
     parser.add_argument("--measured", help="file that benchmarks/gpu.py wrote, to compare with")
     arguments = parser.parse_args()
@@ -220,7 +219,7 @@ def main() -> None:
         if arguments.workload in str(w):
             for what in w.passes:
                 results.append(result(w, what, cost.GPUS[arguments.gpu]))
-                print(*lines(results[-1]), sep="\n", flush=True)
+                print(*lines(results[-1], arguments.blocks), sep="\n", flush=True)
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(results, file, indent=2, default=lambda x: x._asdict())

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .emulator import SECTOR, WARP, Counts
+from .ptx import Kernel
 from .sass import Code, Operation, cycles
 
 SCHEDULERS = 4  # per SM
@@ -70,6 +71,15 @@ GPUS = {
 }
 
 
+class Visited(NamedTuple):
+    """A block of PTX."""
+
+    visits: float  # of a warp of a program, on average
+    instructions: int  # of the machine
+    cycles: float  # of a visit, if the warp is alone
+    source: str  # where most of it comes from
+
+
 class Cost(NamedTuple):
     """Of one launch."""
 
@@ -86,6 +96,7 @@ class Cost(NamedTuple):
     seconds: dict[str, float]  # by bound
     longest: float  # seconds that the longest program takes alone
     drain: float  # seconds at the end in which programs run beside too few others
+    blocks: list[Visited]
 
     @property
     def bound(self) -> str:
@@ -128,7 +139,16 @@ def drain(alone: np.ndarray, slots: float) -> float:
 
 
 def cost(
-    name: str, counts: Counts, code: Code, *, grid: int, threads: int, shared: int, dram: float, gpu: Gpu
+    name: str,
+    kernel: Kernel,
+    counts: Counts,
+    code: Code,
+    *,
+    grid: int,
+    threads: int,
+    shared: int,
+    dram: float,
+    gpu: Gpu,
 ) -> Cost:
     """The bounds of one launch; `dram` is how many bytes DRAM must bring or take."""
     warps = threads // WARP
@@ -185,5 +205,18 @@ def cost(
         name, grid, counts.programs, code.registers, resident, issue * scale,
         issue / counts.programs / warps, sum(a.lines for a in loads) / max(requests, 1),
         sum(a.sectors for a in loads) / max(requests, 1), l2_bytes, seconds, alone.max(),
-        drain(alone, slots / scale),
+        drain(alone, slots / scale), visited(kernel, counts, code, own, warps),
     )  # fmt: skip
+
+
+def visited(kernel: Kernel, counts: Counts, code: Code, own: np.ndarray, warps: int) -> list[Visited]:
+    """The blocks that ran."""
+    rows = []
+    for b, block in enumerate(kernel.blocks):
+        sources = Counter(kernel.sources[i.line] for i in block)
+        visits = counts.warps[b].sum() / counts.programs / warps
+        copies = code.copies.get(b, 1)
+        instructions = sum(len(operations) for origin, operations in code.blocks if origin == b) // copies
+        if visits and instructions:
+            rows.append(Visited(visits, instructions, own[b], sources.most_common(1)[0][0]))
+    return rows

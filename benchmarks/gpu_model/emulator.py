@@ -5,24 +5,37 @@ the hardware lets them, and all threads of a program reach a barrier together.
 """
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from .launches import Launch
 from .ptx import DTYPES, Kernel
 from .translate import Translator
 
 WARP = 32
 SECTOR, LINE = 32, 128  # bytes that L2 hands over, and that a tag of L1 stands for
+LANES = 1 << 17  # that run at a time
 
 
-class Buffer(NamedTuple):
-    """Memory of the GPU: where it begins, and its bytes."""
-
-    base: int
-    data: np.ndarray
+def placed(arguments: list[Any]) -> tuple[list[Any], list[tuple[int, np.ndarray]]]:
+    """Tensors as addresses, each at a multiple of 512 as an allocator does; and their memory."""
+    buffers: dict[int, tuple[int, np.ndarray]] = {}
+    base, placed = 1 << 20, []
+    for a in arguments:
+        if not isinstance(a, Tensor):
+            placed.append(a)
+            continue
+        storage = a.untyped_storage()
+        if storage.data_ptr() not in buffers:
+            whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+            buffers[storage.data_ptr()] = (base, whole.numpy())
+            base += -(-storage.nbytes() // 512) * 512 + 512
+        placed.append(buffers[storage.data_ptr()][0] + a.storage_offset() * a.element_size())
+    return placed, list(buffers.values())
 
 
 @dataclass
@@ -52,14 +65,11 @@ class Machine:
     def __init__(
         self,
         kernel: Kernel,
-        arguments: Sequence[Any],
-        buffers: Sequence[Buffer],
-        *,
+        launch: Launch,
         programs: np.ndarray,
-        grid: int,
-        threads: int,
-        shared: int = 0,
     ) -> None:
+        threads, shared = launch.threads, launch.shared
+        arguments, buffers = placed(launch.arguments)
         self.kernel, self.threads = kernel, threads
         assert len(arguments) == len(kernel.parameters), (len(arguments), kernel.parameters)
         self.parameters = np.zeros(len(arguments), np.uint64)
@@ -73,11 +83,10 @@ class Machine:
             "%laneid": tid % WARP,
             "%ctaid.x": np.repeat(programs.astype(np.uint32), threads),
             "%ntid.x": np.array([threads], np.uint32),
-            "%nctaid.x": np.array([grid], np.uint32),
+            "%nctaid.x": np.array([launch.grid], np.uint32),
         }
         self.registers: dict[str, np.ndarray] = {}
-        self.buffers = sorted(buffers)
-        self.bases = np.array([b.base for b in self.buffers], np.int64)
+        self.bases, self.buffers = np.array([base for base, _ in buffers]), [data for _, data in buffers]
         self.shared = np.zeros(len(programs) * shared, np.uint8)
         self.shared_bytes = shared
         self.accesses: dict[int, Access] = {}
@@ -222,9 +231,9 @@ class Machine:
         for b in np.unique(buffer):
             chosen = slice(None) if (buffer == b).all() else buffer == b
             offsets = where[chosen] - self.bases[b]
-            inside = b >= 0 and (offsets + size <= self.buffers[b].data.nbytes).all()
+            inside = b >= 0 and (offsets + size <= self.buffers[b].nbytes).all()
             assert inside, f"{self.kernel.name} leaves a buffer"
-            places.append((self.buffers[b].data, chosen, offsets // size))
+            places.append((self.buffers[b], chosen, offsets // size))
         return places
 
     def _ask(
@@ -278,13 +287,10 @@ class Machine:
         return Counts(programs, warps, self.accesses, sectors)
 
 
-def run(kernel: Kernel, chosen: np.ndarray, *, lanes: int, threads: int, **launch: Any) -> Counts:
-    """The chosen programs, so many lanes at a time."""
-    step = max(lanes // threads, 1)
-    parts = [
-        Machine(kernel, programs=chosen[at : at + step], threads=threads, **launch).run()
-        for at in range(0, len(chosen), step)
-    ]
+def run(kernel: Kernel, launch: Launch, programs: np.ndarray) -> Counts:
+    """Some programs of a launch, `LANES` lanes at a time."""
+    step = max(LANES // launch.threads, 1)
+    parts = [Machine(kernel, launch, programs[at : at + step]).run() for at in range(0, len(programs), step)]
     accesses: dict[int, Access] = {}
     for part in parts:
         for line, a in part.accesses.items():
@@ -292,4 +298,4 @@ def run(kernel: Kernel, chosen: np.ndarray, *, lanes: int, threads: int, **launc
             for field in ("requests", "lanes", "lines", "sectors"):
                 setattr(total, field, getattr(total, field) + getattr(a, field))
     sectors = {kind: sum(part.sectors[kind] for part in parts) for kind in parts[0].sectors}
-    return Counts(len(chosen), np.concatenate([p.warps for p in parts], 1), accesses, sectors)
+    return Counts(len(programs), np.concatenate([p.warps for p in parts], 1), accesses, sectors)

@@ -4,12 +4,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torchvision
 import triton
@@ -49,9 +48,8 @@ def _flat(signature: Any, argument: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Our launches are compiled and put into a list, not launched."""
-    launches: list[Launch] = []
+def recorded(then: Callable[[Launch], None]) -> Iterator[None]:
+    """Within, our launches are compiled and handed to a function, not launched."""
     run = JITFunction.run
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -61,7 +59,7 @@ def recorded() -> Iterator[list[Launch]]:
         meta = kernel.metadata
         assert meta.global_scratch_size == 0, "scratch is not modelled"
         assert all(n == 1 for n in grid[1:]), "grids of two dimensions are not modelled"
-        launches.append(
+        then(
             Launch(
                 meta.name, kernel.asm["ptx"], [*arguments, 0, 0], grid[0], 32 * meta.num_warps, meta.shared,
                 () if meta.enable_fp_fusion else ("--fmad=false",),
@@ -71,24 +69,22 @@ def recorded() -> Iterator[list[Launch]]:
     triton.runtime.driver.set_active(Driver(CAPABILITY))
     JITFunction.run = record
     try:
-        yield launches
+        yield
     finally:
         JITFunction.run = run
 
 
-def ours(features: list[Tensor], rois: Tensor, pooling: Pooling, grad: Tensor | None) -> Iterator[Launch]:
-    """Of a forward pass, or of a backward pass if there is a gradient.
-
-    Later launches read what earlier ones wrote, so each must run before the next is asked for.
-    """
-    with recorded() as launches:
+def ours(features: list[Tensor], rois: Tensor, pooling: Pooling, grad: Tensor | None) -> list[Launch]:
+    """Of a forward pass, or of a backward pass if there is a gradient."""
+    launches: list[Launch] = []
+    with recorded(launches.append):
         if grad is None:
             shape = (len(rois), features[0].shape[1], *pooling.output_size)
             out = engine.empty(shape, features[0].dtype, rois.device, is_channels_last(features[0]))
             engine.forward(out, features, rois, None, pooling)
         else:
             engine.backward([torch.empty_like(f) for f in features], grad, rois, None, pooling)
-    yield from launches
+    return launches
 
 
 def _their_ptx() -> dict[str, str]:
@@ -135,20 +131,3 @@ def theirs(features: list[Tensor], rois: Tensor, pooling: Pooling, grad: Tensor 
         kind = "forward" if grad is None else "backward"
         if len(mine):
             yield Launch(f"{kind} of map {i}", kernels[kind], arguments, grid, THEIR_THREADS, 0, ())
-
-
-def placed(arguments: list[Any]) -> tuple[list[Any], list[tuple[int, np.ndarray]]]:
-    """Tensors as addresses, each at a multiple of 512 as an allocator does; and their memory."""
-    buffers: dict[int, tuple[int, np.ndarray]] = {}
-    base, placed = 1 << 20, []
-    for a in arguments:
-        if not isinstance(a, Tensor):
-            placed.append(a)
-            continue
-        storage = a.untyped_storage()
-        if storage.data_ptr() not in buffers:
-            whole = torch.empty(0, dtype=torch.uint8).set_(storage)
-            buffers[storage.data_ptr()] = (base, whole.numpy())
-            base += -(-storage.nbytes() // 512) * 512 + 512
-        placed.append(buffers[storage.data_ptr()][0] + a.storage_offset() * a.element_size())
-    return placed, list(buffers.values())

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from .launches import CAPABILITY, TOOLS
+from .launches import TOOLS
 from .ptx import Kernel
 
 MEMORY = ("LDG", "STG", "RED", "REDG", "ATOMG", "ATOM", "LDS", "STS")

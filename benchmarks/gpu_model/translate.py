@@ -128,13 +128,9 @@ class Translator:
             if DTYPES[self.types[operand]] is not DTYPES[kind]:
                 return f"{name}.view(np.{DTYPES[kind].__name__})"
             return name
-        if found := re.match(r"0[fF]([0-9A-Fa-f]{8})$", operand):
-            value: Any = np.uint32(int(found.group(1), 16)).view(np.float32)
-            return (
-                self.constant(value, kind) if kind[0] == "f" else self.constant(int(value.view("u4")), kind)
-            )
-        if found := re.match(r"0[dD]([0-9A-Fa-f]{16})$", operand):
-            return self.constant(np.uint64(int(found.group(1), 16)).view(np.float64), kind)
+        if found := re.match(r"0[fFdD]([0-9A-Fa-f]{8}|[0-9A-Fa-f]{16})$", operand):
+            bits = np.array(int(found.group(1), 16), f"u{len(found.group(1)) // 2}")
+            return self.constant(bits.view(f"f{bits.itemsize}") if kind[0] == "f" else bits, kind)
         if re.match(r"-?(0x)?[0-9a-fA-F]+$", operand):
             return self.integer(int(operand, 0), kind)
         if operand in ("true", "false"):
