@@ -1,13 +1,23 @@
 """What a launch of the GPU engine will cost, without a GPU: `PYTHONPATH=src python -m benchmarks.gpu_model`.
 
 Nothing is described by hand. A call is made as ever, and its kernels are compiled as they are launched.
-Of each grid some programs are run in PTX (`emulator`), with the real boxes: that counts how often each
-basic block runs, and which sectors and lines each warp asks for at each load and store. The machine code
-of the blocks (`sass`) turns that into instructions, and into the time a warp takes if it is alone. `cost`
-makes bounds of them, of which the largest is the prediction. torchvision's kernels go the same way.
+Of each grid some programs are run in PTX (`emulator`), with real boxes: that counts how often each basic
+block runs, and which sectors and lines each warp asks for at each load and store. The machine code of the
+blocks (`sass`) turns that into instructions, and into the time that a warp takes if it is alone. `cost`
+makes bounds of them, of which the largest, with the drain at the end of the grid and the gap between two
+launches, is the prediction. torchvision's kernels, from the PTX in its wheel, go the same way; the copies
+around them are bytes through DRAM, and the waiting of its host is left out.
 
-What is not modelled: hits in L1 between programs, L2 misses of the second time, conflicts between banks
-of shared memory, the host. What DRAM must bring is counted once, whatever kernels ask for.
+Programs are spread evenly over the grid, about a thousand; a launch that others follow runs in full, since
+they may read what it wrote. Maps have no values, so kernels must not branch on values of maps.
+
+What is not modelled: hits in L1 between programs, misses in L2 of what was there before (DRAM moves each
+sector once), conflicts between banks of shared memory, atomics that meet at an address, the host.
+
+The first line of a launch: its time; instructions of all warps, in millions; those of one warp of a
+program; lines and sectors that a load of a warp asks for; megabytes that L2 gives and takes; warps per SM;
+the largest bounds. A bound of a unit holds the waiting for it and the warps' own time, where warps are too
+few to hide it: so several may be near each other. `--blocks` shows where a warp spends its time.
 """
 
 import argparse
@@ -50,7 +60,6 @@ class Workload(NamedTuple):
         return f"{self.name}, {kind}, {self.layout}"
 
 
-BOTH = ("forward", "backward")
 WORKLOADS = [
     Workload("box head", [1000]),
     Workload("box head", [1000], layout="channels_last"),
@@ -59,11 +68,21 @@ WORKLOADS = [
     Workload("mask head", [100], size=14),
     Workload("backward", [512], ("backward",)),
     Workload("backward", [512], ("backward",), layout="channels_last"),
-    Workload("backward, NCHW gradient", [512], ("backward",), layout="channels_last", grad="contiguous"),
-    Workload("backward, large boxes", [512], ("backward",), smallest=448),
-    Workload("training 2 x 512", [512, 512], BOTH),
-    Workload("backward 16 x 512", [512] * 16, ("backward",)),
+    Workload("NCHW gradient", [512], ("backward",), layout="channels_last", grad="contiguous"),
+    Workload("large boxes", [512], ("backward",), smallest=448),
+    Workload("training 2 x 512", [512, 512], ("forward", "backward")),
+    Workload("16 images", [512] * 16, ("backward",)),
 ]
+
+
+def measured(row: dict[str, Any]) -> Workload:
+    """What `benchmarks/gpu.py` measured."""
+    w = {w.name: w for w in WORKLOADS}.get(row["workload"])
+    if w is None:
+        name, _, count = row["workload"].partition(" = ")
+        assert name == "K", f"unknown workload {row['workload']}"
+        w = Workload(row["workload"], [int(count)])
+    return w._replace(dtype=getattr(torch, row["dtype"]), layout=row["layout"])
 
 
 def inputs(w: Workload) -> tuple[list[Tensor], Tensor, Pooling, Tensor]:
@@ -139,7 +158,7 @@ def modelled(launch: launches.Launch, complete: bool, dram: float, gpu: cost.Gpu
     )  # fmt: skip
 
 
-def result(w: Workload, what: str, gpu: cost.Gpu) -> dict[str, Any]:
+def result(w: Workload, what: str, gpu: cost.Gpu, with_theirs: bool) -> dict[str, Any]:
     """Of one pass: launches of ours and of torchvision's, and the least time."""
     features, rois, pooling, grad = inputs(w)
     grad_or_none = grad if what == "backward" else None
@@ -147,7 +166,7 @@ def result(w: Workload, what: str, gpu: cost.Gpu) -> dict[str, Any]:
     mine = launches.ours(features, rois, pooling, grad_or_none)
     ours = [modelled(x, x is not mine[-1], floor if x is mine[-1] else 0, gpu) for x in mine]
     theirs, copied = [], 0
-    if w.dtype == torch.float32:
+    if with_theirs and w.dtype == torch.float32:
         maps = sum(f.nbytes for f in features)
         # RoIs of a map are taken out and put back; maps or gradients are copied to NCHW, gradients zeroed.
         copied = 3 * grad.nbytes if what == "forward" else 2 * grad.nbytes + maps
@@ -180,53 +199,61 @@ def lines(r: dict[str, Any], blocks: bool) -> Iterator[str]:
             for b in c.blocks if blocks else ():
                 what = f"{b.instructions:4d} instructions, {b.cycles:6.0f} cycles alone, {b.source}"
                 yield f"    {b.visits:8.2f} visits of {what}"
-    yield (
-        f"  = ours {r['ours ms']:.3f} ms, torchvision {r['torchvision ms']:.3f} ms and copies "
-        f"{r['torchvision copies ms']:.3f}, floor {r['floor ms']:.3f}"
-    )
+    theirs = f", torchvision {r['torchvision ms']:.3f} and copies {r['torchvision copies ms']:.3f}"
+    yield f"  = ours {r['ours ms']:.3f} ms{theirs if r['torchvision'] else ''}, floor {r['floor ms']:.3f}"
 
 
-def compared(results: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Beside what `benchmarks/gpu.py` measured: its kernels alone, and torchvision's module."""
-    for row in rows:
-        key = [row[name] for name in ("workload", "dtype", "layout")]
-        mine = [r for r in results if [r[name] for name in ("workload", "dtype", "layout")] == key]
-        if not mine:
-            continue
-        pairs = [("ours", "kernels alone", sum(r["ours ms"] for r in mine))]
-        if mine[0]["torchvision"]:
-            whole = sum(r["torchvision ms"] + r["torchvision copies ms"] for r in mine)
-            pairs.append(("torchvision", "torchvision", whole))
-        for who, name, model in pairs:
-            measured = row["ms"][name]
-            yield f"{', '.join(key):42} {who:11} {model:8.3f} {measured:8.3f} {model / measured:6.2f}x"
+def written(r: dict[str, Any]) -> dict[str, Any]:
+    """A result as JSON: launches with all bounds and blocks, by name."""
+    launched = {
+        who: [{**c._asdict(), "blocks": [b._asdict() for b in c.blocks]} for c in r[who]]
+        for who in ("ours", "torchvision")
+    }
+    return {**r, **launched}
+
+
+def compared(results: list[dict[str, Any]], ms: dict[str, float]) -> Iterator[str]:
+    """The passes of a workload beside what was measured: our kernels alone, and torchvision's module."""
+    pairs = [("ours", "kernels alone", sum(r["ours ms"] for r in results))]
+    if all(r["torchvision"] for r in results):
+        theirs = sum(r["torchvision ms"] + r["torchvision copies ms"] for r in results)
+        pairs.append(("torchvision", "torchvision", theirs))
+    for who, name, model in pairs:
+        yield f"  {who}: predicted {model:.3f} ms, measured {ms[name]:.3f}, ratio {model / ms[name]:.2f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", help="only those with this in their name", default="")
     parser.add_argument("--gpu", choices=cost.GPUS, default="h100")
+    parser.add_argument("--ours", help="leave torchvision out", action="store_true")
     parser.add_argument("--blocks", help="how often each basic block runs", action="store_true")
     parser.add_argument("--json", help="file to write the figures to")
     parser.add_argument("--measured", help="file that benchmarks/gpu.py wrote, to compare with")
     arguments = parser.parse_args()
+    rows: list[Any] = [{} for _ in WORKLOADS]
+    workloads = WORKLOADS
+    if arguments.measured:
+        with open(arguments.measured) as file:
+            rows = json.load(file)["rows"]
+        workloads = [measured(row) for row in rows]
     print(
         f"  {'who':11} {'launch':17} {'predicted':>10} {'warp instr.':>10} {'per warp':>8} {'lines':>6} "
         f"{'sectors':>6} {'L2 MB':>8} {'warps':>3}  bounds, ms"
     )
     results = []
-    for w in WORKLOADS:
-        if arguments.workload in str(w):
-            for what in w.passes:
-                results.append(result(w, what, cost.GPUS[arguments.gpu]))
-                print(*lines(results[-1], arguments.blocks), sep="\n", flush=True)
+    for w, row in zip(workloads, rows, strict=True):
+        if arguments.workload not in str(w):
+            continue
+        passes = [result(w, what, cost.GPUS[arguments.gpu], not arguments.ours) for what in w.passes]
+        for r in passes:
+            print(*lines(r, arguments.blocks), sep="\n", flush=True)
+        if row:
+            print(*compared(passes, row["ms"]), sep="\n", flush=True)
+        results += passes
     if arguments.json:
         with open(arguments.json, "w") as file:
-            json.dump(results, file, indent=2, default=lambda x: x._asdict())
-    if arguments.measured:
-        with open(arguments.measured) as file:
-            print(f"{'':42} {'':11} {'model':>8} {'measured':>8} ratio")
-            print(*compared(results, json.load(file)["rows"]), sep="\n")
+            json.dump([written(r) for r in results], file, indent=2)
 
 
 if __name__ == "__main__":

@@ -160,9 +160,10 @@ def cost(
             instructions[o.base] += runs[origin] / code.copies.get(origin, 1)
     accesses = [a for a in counts.accesses.values() if a.space == "global"]
     loads = [a for a in accesses if a.kind == "load"]
-    asked = {kind: sum(a.sectors for a in accesses if a.kind == kind) for kind in ("load", "store", "atomic")}
-    missed = counts.sectors["load"] / max(asked["load"], 1)
-    l2_bytes = SECTOR * scale * (counts.sectors["load"] + asked["store"] + asked["atomic"])
+    asked = {kind: sum(a.sectors for a in accesses if a.kind == kind) for kind in ("store", "atomic")}
+    # What a load asks for anew may have been brought by another load.
+    missed = counts.sectors / max(sum(a.distinct for a in loads), 1)
+    l2_bytes = SECTOR * scale * (counts.sectors + asked["store"] + asked["atomic"])
     lookups = sum(a.lines if a.space == "global" else a.requests for a in counts.accesses.values())
     requests = sum(a.requests for a in loads)
     far = L2_HIT + min(dram / l2_bytes, 1.0) * (DRAM_LATENCY - L2_HIT)
@@ -171,8 +172,14 @@ def cost(
         if o.base not in ("LDG", "ATOMG"):
             return SHORT
         access = counts.accesses.get(o.line)
-        lines = access.lines / max(access.requests, 1) if access else 1
-        return L1_HIT + missed * (far - L1_HIT) + lines - 1
+        if access is None or not access.requests:
+            return L1_HIT
+        return (
+            L1_HIT
+            + access.distinct / access.sectors * missed * (far - L1_HIT)
+            + access.lines / access.requests
+            - 1
+        )
 
     # A warp's own time on every visit of a block; warps of a program run side by side.
     own = np.zeros(len(counts.warps))

@@ -48,6 +48,7 @@ class Access:
     lanes: int = 0
     lines: int = 0
     sectors: int = 0
+    distinct: int = 0  # sectors that differ, program by program
 
 
 class Counts(NamedTuple):
@@ -56,7 +57,7 @@ class Counts(NamedTuple):
     programs: int
     warps: np.ndarray  # [blocks, programs]: how many warps of a program ran a block, all visits together
     accesses: dict[int, Access]  # by line of the text
-    sectors: dict[str, int]  # per kind: those that differ, program by program
+    sectors: int  # that loads ask for and that differ, program by program
 
 
 class Machine:
@@ -90,7 +91,7 @@ class Machine:
         self.shared = np.zeros(len(programs) * shared, np.uint8)
         self.shared_bytes = shared
         self.accesses: dict[int, Access] = {}
-        self.seen: dict[str, list[np.ndarray]] = {"load": [], "store": [], "atomic": []}
+        self.seen: dict[int, list[np.ndarray]] = {}  # programs and sectors, by line
 
     # What blocks do with registers. `n` holds the lanes that run, or is None: all.
 
@@ -260,9 +261,10 @@ class Machine:
                 lines = pairs // (LINE // SECTOR)
                 access.lines += 1 + int(np.count_nonzero(np.diff(lines)))
                 program = (pairs >> 43) // (self.threads // WARP)
-                self.seen[kind].append(np.unique((program << 43) | (pairs & ((1 << 43) - 1))))
-                if sum(map(len, self.seen[kind][1:])) > 1 << 23:
-                    self.seen[kind] = [np.unique(np.concatenate(self.seen[kind]))]
+                seen = self.seen.setdefault(line, [])
+                seen.append(np.unique((program << 43) | (pairs & ((1 << 43) - 1))))
+                if sum(map(len, seen[1:])) > LANES:
+                    seen[:] = [np.unique(np.concatenate(seen))]
         return lanes, where, kept
 
     def run(self) -> Counts:
@@ -283,7 +285,11 @@ class Machine:
                 if blocks[b].end:
                     goes = len(blocks) if blocks[b].end == "ret" else blocks[b].target
                     at[lanes] = goes if taken is True else np.where(taken, goes, b + 1)
-        sectors = {kind: len(np.unique(np.concatenate(s))) if s else 0 for kind, s in self.seen.items()}
+        for line, seen in self.seen.items():
+            seen[:] = [np.unique(np.concatenate(seen))]
+            self.accesses[line].distinct = len(seen[0])
+        loads = [seen[0] for line, seen in self.seen.items() if self.accesses[line].kind == "load"]
+        sectors = len(np.unique(np.concatenate(loads))) if loads else 0
         return Counts(programs, warps, self.accesses, sectors)
 
 
@@ -295,7 +301,7 @@ def run(kernel: Kernel, launch: Launch, programs: np.ndarray) -> Counts:
     for part in parts:
         for line, a in part.accesses.items():
             total = accesses.setdefault(line, Access(a.kind, a.space))
-            for field in ("requests", "lanes", "lines", "sectors"):
+            for field in ("requests", "lanes", "lines", "sectors", "distinct"):
                 setattr(total, field, getattr(total, field) + getattr(a, field))
-    sectors = {kind: sum(part.sectors[kind] for part in parts) for kind in parts[0].sectors}
+    sectors = sum(part.sectors for part in parts)
     return Counts(len(programs), np.concatenate([p.warps for p in parts], 1), accesses, sectors)
