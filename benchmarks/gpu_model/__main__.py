@@ -196,6 +196,8 @@ def lines(r: dict[str, Any], blocks: bool) -> Iterator[str]:
                 + ", ".join(f"{name} {1e3 * s:.3f}" for name, s in bounds)
                 + f"; longest {1e3 * c.longest:.3f}, drain {1e3 * c.drain:.3f}"
             )
+            if blocks and all(c.files):
+                yield "    " + ", ".join(f"{file} {count:.0f}" for file, count in c.files.items())
             for b in c.blocks if blocks else ():
                 what = f"{b.instructions:4d} instructions, {b.cycles:6.0f} cycles alone, {b.source}"
                 yield f"    {b.visits:8.2f} visits of {what}"

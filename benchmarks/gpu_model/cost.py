@@ -96,6 +96,7 @@ class Cost(NamedTuple):
     seconds: dict[str, float]  # by bound
     longest: float  # seconds that the longest program takes alone
     drain: float  # seconds at the end in which programs run beside too few others
+    files: dict[str, float]  # instructions of a warp of a program, by where they come from
     blocks: list[Visited]
 
     @property
@@ -155,9 +156,12 @@ def cost(
     scale = grid / counts.programs
     runs = counts.warps.sum(1)
     instructions: Counter[str] = Counter()
+    files: Counter[str] = Counter()
     for origin, operations in code.blocks:
         for o in operations:
-            instructions[o.base] += runs[origin] / code.copies.get(origin, 1)
+            times = runs[origin] / code.copies.get(origin, 1)
+            instructions[o.base] += times
+            files[kernel.sources.get(o.line, "").split(":")[0]] += times / counts.programs / warps
     accesses = [a for a in counts.accesses.values() if a.space == "global"]
     loads = [a for a in accesses if a.kind == "load"]
     asked = {kind: sum(a.sectors for a in accesses if a.kind == kind) for kind in ("store", "atomic")}
@@ -212,7 +216,7 @@ def cost(
         name, grid, counts.programs, code.registers, resident, issue * scale,
         issue / counts.programs / warps, sum(a.lines for a in loads) / max(requests, 1),
         sum(a.sectors for a in loads) / max(requests, 1), l2_bytes, seconds, alone.max(),
-        drain(alone, slots / scale), visited(kernel, counts, code, own, warps),
+        drain(alone, slots / scale), dict(files.most_common()), visited(kernel, counts, code, own, warps),
     )  # fmt: skip
 
 
