@@ -5,6 +5,7 @@ the hardware lets them, and all threads of a program reach a barrier together.
 """
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from .translate import Translator
 
 WARP = 32
 SECTOR, LINE = 32, 128  # bytes that L2 hands over, and that a tag of L1 stands for
+_HALVES = (np.uint32(0), np.uint32(16))
 LANES = 1 << 17  # that run at a time
 
 
@@ -143,6 +145,22 @@ class Machine:
         return np.packbits(np.unpackbits(a.view(np.uint8))[::-1]).view(a.dtype)[::-1]
 
     @staticmethod
+    def halves(function: Callable[..., Any], a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Two numbers of 16 bits at a time."""
+        low, high = (function((a >> by).astype(np.uint16), (b >> by).astype(np.uint16)) for by in _HALVES)
+        return low.astype(np.uint32) | (high.astype(np.uint32) << _HALVES[1])
+
+    @staticmethod
+    def permuted_bytes(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+        both = (b.astype(np.uint64) << np.uint64(32)) | a
+        result = np.zeros(1, np.uint32)
+        for byte in range(4):
+            which = (selector >> np.uint32(4 * byte)) & np.uint32(7)
+            value = (both >> (which.astype(np.uint64) * np.uint64(8))).astype(np.uint32) & np.uint32(0xFF)
+            result = result | (value << np.uint32(8 * byte))
+        return result
+
+    @staticmethod
     def to_integer(a: np.ndarray, dtype: Any) -> np.ndarray:
         """Saturated, and NaN is 0."""
         info = np.iinfo(dtype)
@@ -211,15 +229,63 @@ class Machine:
             ):
                 data.view(dtype)[offsets] = value[chosen]
 
-    def atomic_add(self, line: int, where: Any, value: Any, guard: Any, n: Any) -> np.ndarray:
-        """Returns nothing of use: what lay there before depends on the order."""
+    def atomic(
+        self, line: int, how: str, where: Any, value: Any, in_order: bool, guard: Any, n: Any
+    ) -> np.ndarray:
+        """What lay there before, lane by lane, if that is asked for."""
         lanes, where, kept = self._ask("atomic", line, "global", where, guard, n)
         count = self.lanes if n is None else len(n)
         value = np.broadcast_to(value, count)
-        chosen_value = value if kept is None else value[kept]
+        given, before = value if kept is None else value[kept], np.zeros(len(lanes), value.dtype)
+        names = {
+            "add": np.add,
+            "min": np.minimum,
+            "max": np.maximum,
+            "and": np.bitwise_and,
+            "or": np.bitwise_or,
+        }
         for data, chosen, offsets in self._places("global", lanes, where, value.dtype.itemsize):
-            np.add.at(data.view(value.dtype), offsets, chosen_value[chosen])
-        return np.zeros(count, value.dtype)
+            memory = data.view(value.dtype)
+            if in_order:
+                for lane, offset in zip(np.arange(len(lanes))[chosen], offsets, strict=True):
+                    before[lane] = memory[offset]
+                    memory[offset] = names[how](memory[offset], given[lane])
+            else:
+                names[how].at(memory, offsets, given[chosen])
+        if kept is None:
+            return before
+        old = np.zeros(count, value.dtype)
+        old[kept] = before
+        return old
+
+    def _matrix(self, line: int, kind: str, where: Any, matrices: int, trans: bool, n: Any) -> Any:
+        """Where in shared memory the two halves of each lane's registers lie, in units of 16 bits."""
+        count = self.lanes if n is None else len(n)
+        rows = self._by_warp(np.broadcast_to(where, count), n)[:, : 8 * matrices]
+        lanes = (np.arange(count) if n is None else n).reshape(-1, WARP)[:, : 8 * matrices]
+        self._ask(kind, line, "shared", where, None, n)
+        base = (self.program[lanes] * self.shared_bytes + rows) // 2
+        assert ((rows >= 0) & (rows + 16 <= self.shared_bytes)).all(), "outside of shared memory"
+        lane = np.arange(WARP)
+        for matrix in range(matrices):
+            of = base[:, 8 * matrix : 8 * matrix + 8]
+            for half in (0, 1):
+                row, column = lane // 4, lane % 4 * 2 + half
+                row, column = (column, row) if trans else (row, column)
+                yield matrix, half, (of[:, row] + column).ravel()
+
+    def load_matrices(self, line: int, where: Any, matrices: int, trans: bool, n: Any) -> list[np.ndarray]:
+        count = self.lanes if n is None else len(n)
+        results = [np.zeros(count, np.uint32) for _ in range(matrices)]
+        for matrix, half, places in self._matrix(line, "load", where, matrices, trans, n):
+            results[matrix] |= self.shared.view(np.uint16)[places].astype(np.uint32) << np.uint32(16 * half)
+        return results
+
+    def store_matrices(self, line: int, where: Any, values: Any, trans: bool, n: Any) -> None:
+        count = self.lanes if n is None else len(n)
+        for matrix, half, places in self._matrix(line, "store", where, len(values), trans, n):
+            value = np.broadcast_to(values[matrix], count) >> np.uint32(16 * half)
+            self.shared.view(np.uint16)[places] = value.astype(np.uint16)
 
     def _places(self, space: str, lanes: np.ndarray, where: np.ndarray, size: int) -> list[Any]:
         """Buffers, which of the lanes are in each, and where."""

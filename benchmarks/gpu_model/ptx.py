@@ -29,8 +29,8 @@ class Instruction(NamedTuple):
     @property
     def type(self) -> str:
         """The last type in its name: of the operands, where there are two of them."""
-        types = [part for part in self.parts if part in DTYPES or part in ("bf16", "bf16x2", "f16x2")]
-        return types[-1] if types else "b32"
+        types = [part for part in self.parts if re.fullmatch(r"(bf|[bfsu])\d+(x\d+)?|pred", part)]
+        return types[-1] if types else ""
 
 
 class Kernel(NamedTuple):

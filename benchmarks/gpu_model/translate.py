@@ -6,11 +6,13 @@ NVCC emit for the kernels here; another instruction is an error, not a guess.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from .operands import Operands
 from .ptx import DTYPES, Instruction, Kernel
 
 _COMPARE = {
@@ -41,6 +43,10 @@ _PLAIN = {
     "xor": "{} ^ {}",
     "brev": "m.reversed_bits({})",
     "cvta": "{}",
+    "ex2": "np.exp2({})",
+    "lg2": "np.log2({})",
+    "sin": "np.sin({})",
+    "cos": "np.cos({})",
 }
 
 
@@ -52,28 +58,32 @@ class Block(NamedTuple):
     end: str  # "bra", "ret" or ""
 
 
-class Translator:
+class Translator(Operands):
     """Makes functions of the basic blocks of a kernel; `_name` translates the instructions of that name."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
-        self.names: dict[str, Any] = {"np": np}
-        uses: dict[str, set[int]] = {}
-        for b, block in enumerate(kernel.blocks):
-            for i in block:
-                for register in re.findall(r"%\w+", " ".join([i.guard, *i.operands])):
-                    uses.setdefault(register, set()).add(b)
-        self.shared = {register for register, where in uses.items() if len(where) > 1}
+        self.names = {"np": np}
+        named = [
+            (register, b)
+            for b, block in enumerate(kernel.blocks)
+            for i in block
+            for register in re.findall(r"%\w+", " ".join([i.guard, *i.operands]))
+        ]
+        self.uses = Counter(register for register, _ in named)
+        blocks_of = Counter(register for register, _ in set(named))
+        self.shared = {register for register, blocks in blocks_of.items() if blocks > 1}
         # Where parameters lie: 8 bytes for each, since code may choose between their addresses.
         self.slots = {name: slot for slot, (_, name) in enumerate(kernel.parameters)}
 
     def block(self, index: int) -> Block:
         """One block, as a function."""
-        self.lines: list[str] = []
-        self.types: dict[str, str] = {}  # registers at hand and how their bits are viewed at present
-        self.written: set[str] = set()
+        self.lines = []
+        self.types, self.written = {}, set()
         end, target = "", index + 1
         for i in self.kernel.blocks[index]:
+            if {"sat", "relu", "cc"} & set(i.parts):
+                self.refuse(i)
             if i.parts[0] in ("bra", "ret", "exit"):
                 end = "bra" if i.parts[0] == "bra" else "ret"
                 target = self.kernel.labels[i.operands[0]] if end == "bra" else -1
@@ -89,89 +99,14 @@ class Translator:
         exec(compile(source, f"{self.kernel.name} block {index}", "exec"), self.names, local)
         return Block(local["block"], target, end)
 
-    def save(self) -> None:
-        for register in sorted(self.written & self.shared):
-            bits = self.kernel.registers[register]
-            self.lines.append(f"m.put({register!r}, {self.get(register, bits)}, n)")
-
     def _expression(self, i: Instruction) -> None:
-        if i.parts[0] in _PLAIN:
+        if i.parts[0] in ("add", "sub") and i.type in ("s16x2", "u16x2"):
+            function = "np.add" if i.parts[0] == "add" else "np.subtract"
+            self.plain(i, f"m.halves({function}, {{}}, {{}})", "u32")
+        elif i.parts[0] in _PLAIN:
             self.plain(i, _PLAIN[i.parts[0]])
-            return
-        raise NotImplementedError(f"{i.name} in line {i.line + 1} of the PTX of {self.kernel.name}")
-
-    @staticmethod
-    def local(register: str) -> str:
-        return "r_" + register[1:].replace(".", "_")
-
-    def constant(self, value: Any, kind: str) -> str:
-        """The name of an array of one element."""
-        array = np.array([value], DTYPES[kind])
-        name = f"c_{kind}_{array.tobytes().hex()}"
-        self.names[name] = array
-        return name
-
-    def get(self, operand: str, kind: str) -> str:
-        """An operand as an expression of a type."""
-        if operand.startswith(("%tid", "%ctaid", "%ntid", "%nctaid", "%laneid")):
-            return f"m.special({operand!r}, n).view(np.{DTYPES[kind].__name__})"
-        if operand.startswith("%"):
-            bits = self.kernel.registers[operand]
-            name = self.local(operand)
-            if operand not in self.types:
-                self.lines.append(f"{name} = m.take({operand!r}, n)")
-                self.types[operand] = bits
-            if DTYPES[kind]().itemsize != DTYPES[bits]().itemsize and "pred" not in (kind, bits):
-                small = DTYPES[kind]().itemsize < DTYPES[bits]().itemsize
-                assert small, f"{operand} as {kind}"
-                return f"{self.get(operand, bits)}.astype(np.{DTYPES[kind].__name__})"
-            if DTYPES[self.types[operand]] is not DTYPES[kind]:
-                return f"{name}.view(np.{DTYPES[kind].__name__})"
-            return name
-        if found := re.match(r"0[fFdD]([0-9A-Fa-f]{8}|[0-9A-Fa-f]{16})$", operand):
-            bits = np.array(int(found.group(1), 16), f"u{len(found.group(1)) // 2}")
-            return self.constant(bits.view(f"f{bits.itemsize}") if kind[0] == "f" else bits, kind)
-        if re.match(r"-?(0x)?[0-9a-fA-F]+$", operand):
-            return self.integer(int(operand, 0), kind)
-        if operand in ("true", "false"):
-            return self.constant(operand == "true", kind)
-        if operand in self.slots:
-            return self.constant(8 * self.slots[operand], kind)
-        if operand.startswith("global_smem"):  # shared memory begins at 0
-            return self.constant(0, kind)
-        raise NotImplementedError(f"operand {operand}")
-
-    def integer(self, value: int, kind: str) -> str:
-        if kind[0] == "f":
-            kind_bits = f"u{kind[1:]}"
-            return f"{self.integer(value, kind_bits)}.view(np.{DTYPES[kind].__name__})"
-        if kind == "pred":
-            return self.constant(bool(value), kind)
-        bits = 8 * DTYPES[kind]().itemsize
-        value &= (1 << bits) - 1
-        if kind[0] == "s" and value >> (bits - 1):
-            value -= 1 << bits
-        return self.constant(value, kind)
-
-    def guard(self, i: Instruction) -> str:
-        if not i.guard:
-            return ""
-        value = self.get(i.guard.lstrip("!"), "pred")
-        return f"~{value}" if i.guard[0] == "!" else value
-
-    def set(self, i: Instruction, register: str, value: str, kind: str) -> None:
-        """Assign an expression of a type."""
-        if register == "_":
-            return
-        bits = self.kernel.registers[register]
-        if DTYPES[kind]().itemsize != DTYPES[bits]().itemsize:  # a narrow value in a wide register
-            wide = ("s" if kind[0] == "s" else "u") + bits[1:]
-            value, kind = f"({value}).astype(np.{DTYPES[wide].__name__})", wide
-        if guard := self.guard(i):
-            value = f"np.where({guard}, {value}, {self.get(register, kind)})"
-        self.lines.append(f"{self.local(register)} = {value}")
-        self.types[register] = kind
-        self.written.add(register)
+        else:
+            self.refuse(i)
 
     def plain(self, i: Instruction, template: str, kind: str = "", result: str = "") -> None:
         """An instruction that is an expression of its operands, all of one type."""
@@ -242,10 +177,41 @@ class Translator:
         self.set(i, i.operands[0], value, kind)
 
     def _bfe(self, i: Instruction) -> None:
-        a = self.get(i.operands[1], i.type)
-        start, length = (self.get(o, "u32") for o in i.operands[2:])
-        assert i.type == "u32", i.name
-        self.set(i, i.operands[0], f"({a} >> {start}) & ((np.uint32(1) << {length}) - np.uint32(1))", "u32")
+        unsigned, signed = i.type.replace("s", "u"), i.type.replace("u", "s")
+        bits = self.constant(int(i.type[1:]), "u32")
+        a, start, length = self.get(i.operands[1], unsigned), *(self.get(o, "u32") for o in i.operands[2:])
+        left = f"m.shift({a}, {bits} - {start} - {length}, '<<')"
+        if i.type[0] == "s":
+            left = f"{left}.view(np.{DTYPES[signed].__name__})"
+        self.set(i, i.operands[0], f"m.shift({left}, {bits} - {length}, '>>')", i.type)
+
+    def _prmt(self, i: Instruction) -> None:
+        assert i.parts == ["prmt", "b32"], i.name
+        self.plain(i, "m.permuted_bytes({}, {}, {})", "u32")
+
+    def _createpolicy(self, i: Instruction) -> None:
+        self.set(i, i.operands[0], self.constant(0, "u64"), "u64")
+
+    def _ldmatrix(self, i: Instruction) -> None:
+        self.matrices(i, i.operands[0], i.operands[1], "load_matrices")
+
+    def _stmatrix(self, i: Instruction) -> None:
+        self.matrices(i, i.operands[1], i.operands[0], "store_matrices")
+
+    def matrices(self, i: Instruction, registers: str, address: str, what: str) -> None:
+        """Move 8 x 8 matrices of 16 bits: a register of a warp for each."""
+        assert {"m8n8", "b16"} <= set(i.parts), i.name
+        names = [r.strip() for r in registers.strip("{} ").split(",")]
+        where, guard = self.address(address), self.guard(i)
+        assert not guard, "a warp that moves matrices does it together"
+        trans = "trans" in i.parts
+        if what == "load_matrices":
+            self.lines.append(f"loaded = m.load_matrices({i.line}, {where}, {len(names)}, {trans}, n)")
+            for number, name in enumerate(names):
+                self.set(i, name, f"loaded[{number}]", "u32")
+        else:
+            values = ", ".join(self.get(name, "u32") for name in names)
+            self.lines.append(f"m.store_matrices({i.line}, {where}, ({values},), {trans}, n)")
 
     def _setp(self, i: Instruction) -> None:
         compare, kind = i.parts[1], i.type
@@ -317,17 +283,6 @@ class Translator:
                 value = f"{a}.astype(np.{DTYPES[to].__name__}, copy=False)"
             self.set(i, i.operands[0], value, to)
 
-    def address(self, operand: str) -> str:
-        inner = operand.strip("[] ")
-        base, _, offset = inner.partition("+")
-        base, by = base.strip(), int(offset or 0)
-        if base.startswith("%"):
-            kind = self.kernel.registers[base].replace("b", "s")
-            value = f"{self.get(base, kind)}.astype(np.int64, copy=False)"
-        else:
-            value = self.get(base, "s64")
-        return f"{value} + {by}" if by else value
-
     def _ld(self, i: Instruction) -> None:
         if "param" in i.parts:
             value = f"m.parameter({self.address(i.operands[1])}, np.{DTYPES[i.type].__name__})"
@@ -351,12 +306,15 @@ class Translator:
         self.lines.append(f"m.store({i.line}, {space!r}, {where}, ({tuple_},), {guard}, n)")
 
     def _atom(self, i: Instruction) -> None:
-        assert {"add", "global"} <= set(i.parts), i.name
+        how = next((part for part in i.parts if part in ("add", "min", "max", "and", "or")), "")
+        assert how, i.name
+        assert "global" in i.parts, i.name
         where, guard = self.address(i.operands[-2]), self.guard(i) or "None"
-        value = self.get(i.operands[-1], i.type)
-        self.lines.append(f"old = m.atomic_add({i.line}, {where}, {value}, {guard}, n)")
-        if len(i.operands) == 3:
-            self.set(i, i.operands[0], "old", i.type)
+        old = i.operands[0] if len(i.operands) == 3 else "_"
+        in_order = self.uses.get(old, 0) > 1
+        value = self.get(i.operands[-1], i.type.replace("b", "u"))
+        self.lines.append(f"old = m.atomic({i.line}, {how!r}, {where}, {value}, {in_order}, {guard}, n)")
+        self.set(i, old, "old", i.type)
 
     _red = _atom
 
