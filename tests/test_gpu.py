@@ -46,6 +46,10 @@ def test_compiled_kernels_agree_with_the_reference(tmp_path):
     assert "all agree" in printed
 
 
+def test_the_emulator_agrees_with_pytorch(tmp_path):
+    assert "all agree" in run("gpu_emulator.py", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+
+
 def test_an_old_triton_is_named(monkeypatch):
     import triton
 
