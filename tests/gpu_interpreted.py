@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable
 
-os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
-"""The GPU engine without a GPU: its kernels in Triton's interpreter, and compiled for some GPUs.
+"""The GPU engine without a GPU: its kernels in Triton's interpreter, compiled for some GPUs, and run as PTX.
 
-Both need a process of their own, because Triton reads its environment when it is imported.
+All need a process of their own, because Triton reads its environment when it is imported.
 """
 
 import importlib
@@ -39,6 +39,15 @@ def test_kernels_compile_without_spills(tmp_path):
 
     with ThreadPoolExecutor() as pool:
         assert all("no spills" in printed for printed in pool.map(compile_for, ("80", "90", "100")))
+
+
+def test_compiled_kernels_agree_with_the_reference(tmp_path):
+    printed = run("gpu_emulated.py", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert "all agree" in printed
+
+
+def test_the_emulator_agrees_with_pytorch(tmp_path):
+    assert "all agree" in run("gpu_emulator.py", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
 
 
 def test_an_old_triton_is_named(monkeypatch):
