@@ -58,8 +58,8 @@ class Operands:
         if found := re.match(r"0[fFdD]([0-9A-Fa-f]{8}|[0-9A-Fa-f]{16})$", operand):
             bits = np.array(int(found.group(1), 16), f"u{len(found.group(1)) // 2}")
             return self.constant(bits.view(f"f{bits.itemsize}") if kind[0] == "f" else bits, kind)
-        if re.match(r"-?(0x)?[0-9a-fA-F]+$", operand):
-            return self.integer(int(operand, 0), kind)
+        if re.match(r"-?(0x)?[0-9a-fA-F]+U?$", operand):
+            return self.integer(int(operand.removesuffix("U"), 0), kind)
         if operand in ("true", "false"):
             return self.constant(operand == "true", kind)
         if operand in self.slots:

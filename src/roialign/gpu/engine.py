@@ -143,12 +143,14 @@ def _pool(out: Tensor, kind: Kind, rows: Tensor, numbers: Tensor, height: int, p
     )  # fmt: skip
     constants = {"MINE": kind.mine, "BINS_Y": bins_y, "BINS_X": bins_x, "RATIO": ratio}
     if kind.innermost and channels >= _WARP:
-        block_bins = _evenly(bins_x)
+        block_rows, block_bins = _rows_at_once(bins_y), _evenly(bins_x)
         block = min(_power_of_two(channels), _WARP * _VECTOR // kind.maps[0].itemsize)
-        programs = count * bins_y * math.ceil(bins_x / block_bins) * math.ceil(channels / block)
-        forward_kernels.forward_along_channels[(programs,)](
+        programs = count * math.ceil(bins_y / block_rows) * math.ceil(bins_x / block_bins)
+        forward_kernels.forward_along_channels[(programs * math.ceil(channels / block),)](
             *what, **constants, MULTIPLE=kind.innermost, OUT_MULTIPLE=_multiple((out,)),
-            BLOCK_BINS=block_bins, BLOCK_CHANNELS=block, **{**_OPTIONS, "num_warps": 1},
+            EVEN=channels % block == 0,
+            BLOCK_ROWS=block_rows, BLOCK_BINS=block_bins, BLOCK_CHANNELS=block,
+            **{**_OPTIONS, "num_warps": block_rows},
         )  # fmt: skip
         return
     taps = min(_power_of_two(2 * ratio), 8) if ratio > 0 else 4
@@ -157,8 +159,10 @@ def _pool(out: Tensor, kind: Kind, rows: Tensor, numbers: Tensor, height: int, p
     block = min(_power_of_two(channels), max(1, 4096 // numbers.itemsize // lanes))
     programs = count * math.ceil(bins_y / block_rows) * math.ceil(bins_x / block_bins)
     forward_kernels.forward_along_taps[(programs * math.ceil(channels / block),)](
-        *what, **constants, BLOCK_ROWS=block_rows, BLOCK_BINS=block_bins, TAPS=taps, BLOCK_CHANNELS=block,
+        *what, **constants, EVEN=channels % block == 0,
+        BLOCK_ROWS=block_rows, BLOCK_BINS=block_bins, TAPS=taps, BLOCK_CHANNELS=block,
         **{**_OPTIONS, "num_warps": _warps(block * lanes, 8)},
+        **_registers(numbers.device, numbers.dtype, 72 if ratio > 0 else 96),
     )  # fmt: skip
 
 
@@ -222,7 +226,7 @@ def _scatter(
             turned, grad, tuple(map(plain, strides(grad))), channels,
             ORDER=rule.order, ALIGNED=pooling.aligned, RATIO=pooling.sampling_ratio, BLOCK_TILES=_TILES,
             TURN=turn, BLOCK_BINS=block_bins, BLOCK_CHANNELS=_WARP,
-            **constants, **{**_OPTIONS, "num_warps": 1}, **_registers(rois, 168),
+            **constants, **{**_OPTIONS, "num_warps": 1}, **_registers(rois.device, rois.dtype, 168),
         )  # fmt: skip
     sizes = [g.numel() if n > 1 else 0 for g, n in zip(grads, cut.parts, strict=True)]
     each = zip(cut.parts, sizes, strict=True)
@@ -235,7 +239,7 @@ def _scatter(
             turned, *tables, summary, mask, words, channels,
             MINE=kind.mine, MULTIPLE=kind.innermost, BLOCK_CHANNELS=block, CHANNELS=math.gcd(channels, 128),
             **constants, **{**_OPTIONS, "num_warps": _warps(block * _TILE_X, _VECTOR // grad.itemsize)},
-            **_registers(rois, 128 if len(grads) <= 5 else 168),
+            **_registers(rois.device, rois.dtype, 128 if len(grads) <= 5 else 168),
         )  # fmt: skip
         if ends[-1]:
             first_blocks = list(itertools.accumulate((math.ceil(n / _BLOCK) for n in sizes), initial=0))
@@ -312,6 +316,11 @@ def _evenly(bins: int) -> int:
     return math.ceil(bins / math.ceil(bins / _AT_ONCE))
 
 
+def _rows_at_once(bins: int) -> int:
+    """Rows of bins that the warps of a program take: as many as leave few of them idle."""
+    return next(n for n in (4, 2, 1) if -(-bins // n) * n <= bins * 8 / 7)
+
+
 def _warps(numbers: int, each: int) -> int:
     """Warps of a program with so many numbers, and for each thread so many of them."""
     return max(1, min(4, numbers // (each * _WARP)))
@@ -324,10 +333,10 @@ def _device_of(t: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device_of(t) if t.is_cuda else nullcontext()  # type: ignore[no-untyped-call]
 
 
-def _registers(rois: Tensor, most: int) -> dict[str, int]:
+def _registers(device: torch.device, dtype: torch.dtype, most: int) -> dict[str, int]:
     """Registers per thread: left to itself, NVIDIA's assembler may spill some, to run more programs."""
-    nvidia = rois.device.type != "xpu" and torch.version.hip is None
-    return {"maxnreg": 255 if rois.dtype == torch.float64 else most} if nvidia else {}
+    nvidia = device.type != "xpu" and torch.version.hip is None
+    return {"maxnreg": 255 if dtype == torch.float64 else most} if nvidia else {}
 
 
 def _too_wide(maps: Sequence[Tensor], dtype: torch.dtype) -> bool:

@@ -31,10 +31,10 @@ def number(summands, DTYPE: tl.constexpr):
 @triton.jit
 def whole_of(plains, level):
     """The integer of a level, or of a vector of levels."""
-    result = tl.where(level == 0, whole(plains[0]), 0)
+    result = plains[0].to(tl.int64)
     for i in tl.static_range(1, len(plains)):
-        result = tl.where(level == i, whole(plains[i]), result)
-    return result
+        result = tl.where(level == i, plains[i].to(tl.int64), result)
+    return (result - 3) >> 1
 
 
 @triton.jit

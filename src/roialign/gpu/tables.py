@@ -48,13 +48,13 @@ def place(
     dtype: tl.constexpr = rois.dtype.element_ty
     ALONG_Y: tl.constexpr = BINS_Y * RATIO
     ALL: tl.constexpr = ALONG_Y + BINS_X * RATIO
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    k, i = at // ALL, at % ALL
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # there is no room for 2**31
+    k, i = (at // ALL).to(tl.int64), at % ALL
     poolable, level, image, y_start, y_size, x_start, x_size = locate(
         rois, levels, k, count, images, scales, thresholds, ORDER, ALIGNED
     )
     along_y = i < ALONG_Y
-    i = tl.where(along_y, i, i - ALONG_Y).to(tl.int32)
+    i = tl.where(along_y, i, i - ALONG_Y)
     extent = tl.where(along_y, whole_of(heights, level), whole_of(widths, level)).to(dtype)
     start = tl.where(along_y, y_start, x_start)
     bin_size = tl.where(along_y, divide(y_size, BINS_Y * 1.0), divide(x_size, BINS_X * 1.0))
@@ -126,9 +126,8 @@ def _write_axis(
             runs, weights - origin, step, low, high, start, size, bin_size, extent, BINS, RATIO, BLOCK
         )  # fmt: skip
     else:
-        stop = tl.where(poolable, BINS, 0)
         longest = _runs_of_bins(
-            runs, weights - origin, step, stop, start, bin_size, extent, BINS, RATIO, BLOCK
+            runs, weights - origin, step, poolable, start, bin_size, extent, BINS, RATIO, BLOCK
         )  # fmt: skip
     tl.store(head + LOW, low)
     tl.store(head + HIGH, high)
@@ -139,16 +138,16 @@ def _write_axis(
 
 @triton.jit
 def _runs_of_bins(
-    runs, weights, step, stop, start, bin_size, extent,
+    runs, weights, step, poolable, start, bin_size, extent,
     BINS: tl.constexpr, RATIO: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of every bin, from its first point's low cell to its last one's high cell."""
+    """Of every bin, from its first point's low cell to its last one's high cell, if it is poolable."""
     longest = tl.zeros((), tl.int64)
-    for b0 in range(0, stop, BLOCK):
+    for b0 in range(0, BINS, BLOCK):
         b = b0 + tl.arange(0, BLOCK)
         bin_start = start + b.to(start.dtype) * bin_size
         grid, first, number = visits(bin_start, bin_size, -1.0, extent, RATIO)
-        number = tl.where(b < BINS, number, 0)
+        number = tl.where((b < BINS) & poolable, number, 0)
         lowest, highest = extent + bin_start * 0, bin_start * 0 - 1
         for i in range(most(number)):
             point, touched = sample_point(bin_start, bin_size, grid, first + i, extent, RATIO)
