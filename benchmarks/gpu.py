@@ -2,7 +2,9 @@
 
 It first checks what the engine promises - torchvision's values and gradients, the same bits 20 times,
 CUDA graphs, torch.compile, no synchronisation - and then measures with CUDA events. Times are medians
-of interleaved runs. `--json FILE` writes them down; `--verify` stops after the checks.
+of interleaved runs. `--json FILE` writes them down; `--verify` stops after the checks. `--once` does neither:
+it runs every kernel once, as in `ncu --csv python benchmarks/gpu.py --once`, for counters to be held against
+`python -m benchmarks.gpu_model --blocks`.
 """
 
 import argparse
@@ -220,9 +222,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="file to write the figures to")
     parser.add_argument("--verify", action="store_true", help="check, but do not measure")
+    parser.add_argument("--once", help="run the kernels, for a profiler", action="store_true")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("needs a GPU")
+    if arguments.once:
+        for layout in ("contiguous", "channels_last"):
+            x, boxes = inputs([512, 512], torch.float32, layout)
+            step(poolers(7)[0], x, boxes)
+        torch.cuda.synchronize()
+        return
     verify()
     if arguments.verify:
         return

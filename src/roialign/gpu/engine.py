@@ -175,7 +175,7 @@ def backward(
     tiles of the maps. Then each tile is summed up by programs of its own, in the order of the RoIs: no
     atomics, and no zeros written first. Tiles of coarse maps are summed in parts, which a last launch adds.
     """
-    if _too_wide(grads, rois.dtype):
+    if _too_wide(grads, rois.dtype) or math.prod(grad.shape[1:]) >= 2**31:
         reference.backward(grads, grad, rois, levels, pooling)
         return
     height, width = _largest(grads)
