@@ -147,10 +147,8 @@ def forward_along_channels(
     bin_stride = multiple(whole(out_strides[3]), OUT_MULTIPLE)
     q0, q1 = part * BLOCK_BINS, tl.minimum((part + 1) * BLOCK_BINS, BINS_X)
     p = tl.minimum(p, BINS_Y - 1)
-    scale, whole_roi = (
-        _scale(poolable, RATIO, numbers.dtype.element_ty),
-        _is_whole(y[0], poolable, (BINS_Y + BINS_X) * RATIO),
-    )
+    scale = _scale(poolable, RATIO, numbers.dtype.element_ty)
+    whole_roi = _is_whole(y[0], poolable, (BINS_Y + BINS_X) * RATIO)
     above = _bin(y, p, RATIO)
     for q in range(q0, q1):
         total, beside = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), scale.dtype), _bin(x, q, RATIO)
