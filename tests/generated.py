@@ -18,9 +18,10 @@ from torch import Tensor
 
 import roialign
 from roialign import ops, reference
+from roialign.arguments import check_sampling_ratio
 from roialign.levels import staircase
 from roialign.schema import Pooling
-from roialign.taps import Points, Taps
+from roialign.taps import Pieces, Points, Taps
 from roialign.testing import LAYOUTS
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ops.DTYPES}
@@ -130,7 +131,7 @@ class Problem(NamedTuple):
     box_layout: str
     box_storage: Storage
     output_size: tuple[int, int]
-    sampling_ratio: int
+    sampling_ratio: int | str
     aligned: bool
     canonical: tuple[float, float]
     given_levels: list[int] | None  # instead of equation 1
@@ -241,7 +242,7 @@ def problems(
         box_layout=draw(st.sampled_from(list(ROWS_LAYOUT))),
         box_storage=draw(storages),
         output_size=(draw(sizes(most_bins)), draw(sizes(most_bins))),
-        sampling_ratio=draw(st.integers(-1, 5)),
+        sampling_ratio=draw(st.one_of(st.integers(-1, 5), st.just("exact"))),
         aligned=draw(st.booleans()),
         canonical=draw(st.sampled_from([(224.0, 4.0), (28.0, 4.0), (7.3, 2.5), (1e-3, 0.0)])),
         given_levels=given,
@@ -332,12 +333,13 @@ class Call:
         out = torch.empty(self.count, p.channels, *p.output_size, dtype=torch.float64)
         taps = reference.taps_of
 
-        def exact(points: Points, start: int, side: int) -> Taps:
+        def exact(points: Points | Pieces, start: int, side: int) -> Taps:
             result = taps(points, start, side)
             return result._replace(weight=result.weight.double())
 
         leaves = [f.detach().double().requires_grad_() for f in features]
-        pooling = Pooling(p.output_size, self.scales, max(p.sampling_ratio, 0), p.aligned, *steps)
+        ratio = check_sampling_ratio(p.sampling_ratio)
+        pooling = Pooling(p.output_size, self.scales, ratio, p.aligned, *steps)
         with mock.patch.object(reference, "taps_of", exact):
             reference.forward(out, leaves, self.rois, self.levels, pooling)
         none = [torch.zeros_like(leaf) for leaf in leaves]
@@ -354,9 +356,9 @@ class Call:
     def terms(self) -> int:
         """The most cells that a bin reads."""
         p = self.problem
-        if p.sampling_ratio > 0:
+        if isinstance(p.sampling_ratio, int) and p.sampling_ratio > 0:
             return (2 * p.sampling_ratio) ** 2
-        # Points of an adaptive grid lie half a cell apart or more.
+        # Points of an adaptive grid lie half a cell apart or more; pieces are cut once a cell.
         return math.prod(4 * (max(getattr(m, side) for m in p.maps) + 2) for side in ("height", "width"))
 
 

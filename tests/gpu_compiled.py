@@ -21,6 +21,7 @@ from roialign.layout import is_channels_last
 from roialign.levels import staircase
 from roialign.rois import working_dtype
 from roialign.schema import Pooling
+from roialign.taps import EXACT
 from roialign.testing import pyramid
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -39,7 +40,7 @@ class Case(NamedTuple):
     levels_given: bool = False
 
     def __str__(self) -> str:
-        grid = f"ratio {self.ratio}" if self.ratio else "adaptive"
+        grid = {0: "adaptive", EXACT: "exact"}.get(self.ratio, f"ratio {self.ratio}")
         size = "{}x{}".format(*self.output_size)
         maps = f"{len(self.strides)} maps"
         return f"{str(self.dtype)[6:]:8} {self.layout:13} {size:5} {grid:8} {maps} {self.channels:3}"
@@ -61,6 +62,8 @@ CASES = [
     ),
     Case(dtype=torch.float16),
     Case(dtype=torch.float16, layout="channels_last", ratio=0),
+    Case(ratio=EXACT),
+    Case(ratio=EXACT, layout="channels_last"),
     Case(strides=EIGHT),
     Case(strides=EIGHT, layout="channels_last", ratio=0),
     Case((1, 1), strides=(16,), aligned=True, levels_given=True, layout="sliced", channels=100),
@@ -106,12 +109,12 @@ def launched(case: Case) -> list[Any]:
     out = engine.empty(shape, case.dtype, rois.device, is_channels_last(features[0]))
     scales = [1 / s for s in case.strides]
     steps = staircase(scales, 224, 4, rois.dtype)
-    pooling = Pooling(case.output_size, scales, max(case.ratio, 0), case.aligned, *steps)
+    pooling = Pooling(case.output_size, scales, case.ratio, case.aligned, *steps)
     JITFunction.run = compile_only
     try:
         engine.forward(out, features, rois, levels, pooling)
         first, forward = [k.metadata.name for k in kernels]
-        assert first == ("place" if case.ratio else "write_for_bins")
+        assert first == ("place" if case.ratio > 0 else "write_for_bins")
         assert forward in ("forward_along_channels", "forward_along_taps")
         engine.backward(features, out, rois, levels, pooling)
         assert [k.metadata.name for k in kernels[2:]] in (

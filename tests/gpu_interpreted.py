@@ -9,7 +9,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 import torch
 from torch import Tensor
 
-from roialign import ops, reference
+from roialign import arguments, ops, reference
 from roialign.gpu import engine
 from roialign.layout import is_channels_last
 from roialign.levels import staircase
@@ -32,7 +32,8 @@ def assert_agrees(actual: Tensor, truth: Tensor, expected: Tensor) -> None:
 
 
 def pooling_of(scales, output_size, ratio, aligned, working) -> Pooling:
-    return Pooling(output_size, scales, max(ratio, 0), aligned, *staircase(scales, *CANONICAL, working))
+    points, steps = arguments.check_sampling_ratio(ratio), staircase(scales, *CANONICAL, working)
+    return Pooling(output_size, scales, points, aligned, *steps)
 
 
 def check(
@@ -105,6 +106,16 @@ def check_bins_and_grids() -> None:
             if output_size == (2, 3) or ratio in (2, 0):
                 check([16, 32], output_size, ratio, aligned=ratio == 3, channels=3, images=1)
     check([16], (2, 2), -1, aligned=True)
+
+
+def check_integrals() -> None:
+    for layout, channels in (("contiguous", 3), ("channels_last", 32)):
+        for aligned in (False, True):
+            check([8, 16], (2, 3), "exact", aligned=aligned, layout=layout, channels=channels, images=1)
+    check([16], (7, 7), "exact", channels=2, images=1, dtype=torch.float64)
+    boxes = hostile_boxes()
+    rois = torch.cat((torch.zeros(len(boxes), 1), boxes), 1)
+    check([16, 32], (2, 3), "exact", aligned=True, rois=rois, channels=2)
 
 
 def check_pyramids() -> None:

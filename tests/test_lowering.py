@@ -13,6 +13,7 @@ from torch.export import Dim
 
 import roialign
 from roialign import layout, ops
+from roialign.arguments import check_sampling_ratio
 from roialign.levels import staircase
 from roialign.rois import boxes_to_rois
 from roialign.testing import LAYOUTS, assert_within_budget, hostile_boxes, pyramid, random_boxes
@@ -31,7 +32,8 @@ def arguments(ratio=2, aligned=False, levels=None, boxes=BOXES, dtype=torch.floa
     features = pyramid(STRIDES, image_size=SIZE, images=2, channels=3, dtype=dtype, **options)
     working = torch.float64 if dtype == torch.float64 else torch.float32
     rois = boxes_to_rois(boxes, features[0], working)
-    return features, rois, levels, (3, 2), SCALES, max(ratio, 0), aligned, *staircase(SCALES, 28, 4, working)
+    steps = staircase(SCALES, 28, 4, working)
+    return features, rois, levels, (3, 2), SCALES, check_sampling_ratio(ratio), aligned, *steps
 
 
 def in_double(args: tuple) -> tuple:
@@ -55,7 +57,7 @@ def backward_arguments(features, rois, levels, output_size, *pooling) -> tuple:
     )
 
 
-RATIOS = [1, 2, 4, 5, -1]  # one sum, and a loop over blocks of points
+RATIOS = [1, 2, 4, 5, -1, "exact"]  # one sum, and a loop over blocks of points
 
 
 @pytest.mark.parametrize("aligned", [False, True])

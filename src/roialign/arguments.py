@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .rois import in_dtype
 from .schema import DTYPES
+from .taps import EXACT
 
 
 def check_integer(argument: str, value: Any) -> int:
@@ -32,6 +33,15 @@ def check_number(argument: str, value: Any) -> float:
     if not -math.inf < number < math.inf:
         raise ValueError(f"{argument} must be finite, got {number}")
     return number
+
+
+def check_sampling_ratio(sampling_ratio: Any) -> int:
+    """Sampling points per bin and axis, 0 for an adaptive grid, or `EXACT`."""
+    if isinstance(sampling_ratio, str):
+        if sampling_ratio != "exact":
+            raise ValueError(f'sampling_ratio must be an integer or "exact", got {sampling_ratio!r}')
+        return EXACT
+    return max(check_integer("sampling_ratio", sampling_ratio), 0)
 
 
 def check_positive(argument: str, value: Any) -> float:

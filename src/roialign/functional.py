@@ -11,6 +11,7 @@ from . import ops as ops  # which others reach by this name
 from .levels import infer_scales, staircase
 from .rois import boxes_to_rois, in_dtype, working_dtype
 from .schema import Pooling
+from .taps import EXACT
 
 LevelMap = Callable[[list[Tensor]], Tensor]
 
@@ -21,7 +22,7 @@ def multiscale_roi_align(
     boxes: Sequence[Tensor],
     output_size: int | Sequence[int],
     scales: Sequence[float],
-    sampling_ratio: int = -1,
+    sampling_ratio: int | str = -1,
     *,
     aligned: bool = False,
     canonical_scale: float = 224,
@@ -41,7 +42,7 @@ def multiscale_roi_align(
         output_size: bins per RoI, `(PH, PW)`, or one number for both.
         scales: cells of each map per pixel of the image, `1 / stride`; any positive numbers.
         sampling_ratio: sampling points per bin and axis; if not positive, as many as the bin has
-            cells, rounded up.
+            cells, rounded up; "exact" for the integral of the bilinear surface over the bin.
         aligned: shift boxes by half a cell, as Detectron2 does, so that cell centres lie at
             whole numbers; and do not widen boxes of less than one cell.
         canonical_scale: side in pixels of the square box that belongs to `canonical_level`.
@@ -80,7 +81,7 @@ def roi_align(
     boxes: Tensor | Sequence[Tensor],
     output_size: int | Sequence[int],
     spatial_scale: float = 1.0,
-    sampling_ratio: int = -1,
+    sampling_ratio: int | str = -1,
     aligned: bool = False,
 ) -> Tensor:
     """RoIAlign on one map, as `torchvision.ops.roi_align` (arXiv:1703.06870).
@@ -92,7 +93,7 @@ def roi_align(
         output_size: bins per RoI, `(PH, PW)`, or one number for both.
         spatial_scale: cells of the map per pixel of the image.
         sampling_ratio: sampling points per bin and axis; if not positive, as many as the bin has
-            cells, rounded up.
+            cells, rounded up; "exact" for the integral of the bilinear surface over the bin.
         aligned: shift boxes by half a cell, as Detectron2 does.
 
     Returns:
@@ -124,7 +125,7 @@ def pool_named_maps(
     image_shapes: Sequence[tuple[int, int]] | None,
     featmap_names: Sequence[str],
     output_size: int | Sequence[int],
-    sampling_ratio: int,
+    sampling_ratio: int | str,
     canonical_scale: float,
     canonical_level: float,
     aligned: bool,
@@ -180,21 +181,23 @@ def _pool(
     levels: Tensor | None,
     output_size: int | Sequence[int],
     scales: Sequence[float],
-    sampling_ratio: int,
+    sampling_ratio: int | str,
     aligned: bool,
     canonical_scale: float,
     canonical_level: float,
 ) -> Tensor:
     size = arguments.check_output_size(output_size)
-    ratio = arguments.check_integer("sampling_ratio", sampling_ratio)
+    ratio = arguments.check_sampling_ratio(sampling_ratio)
     aligned = arguments.check_flag("aligned", aligned)
     canonical_scale = arguments.check_positive("canonical_scale", canonical_scale)
     canonical_level = arguments.check_number("canonical_level", canonical_level)
     if portable.is_leaving():
-        how = list(size), list(scales), max(ratio, 0), aligned, canonical_scale, canonical_level
+        if ratio == EXACT:
+            raise TypeError('sampling_ratio "exact" has no form in torchvision\'s operator; use torch.export')
+        how = list(size), list(scales), ratio, aligned, canonical_scale, canonical_level
         return portable.pool(features, rois, levels, *how)
     steps = staircase(scales, canonical_scale, canonical_level, rois.dtype)
-    return ops.pool(features, rois, levels, Pooling(size, scales, max(ratio, 0), aligned, *steps))
+    return ops.pool(features, rois, levels, Pooling(size, scales, ratio, aligned, *steps))
 
 
 def _rois_of_lists(boxes: Sequence[Tensor], features: list[Tensor]) -> Tensor:

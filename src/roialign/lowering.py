@@ -21,7 +21,7 @@ from torch import Tensor
 from . import schema
 from .layout import is_channels_last
 from .schema import DTYPES, Maps, Pooling
-from .taps import Points, lay_points, taps_of
+from .taps import Pieces, Points, lay_points, taps_of
 
 _ONE_SUM = 4  # a fixed grid of up to so many points per axis is one sum
 _BLOCK = 2  # of a larger grid, points per axis in each turn of the loop
@@ -32,8 +32,8 @@ aten = torch.ops.aten
 class Layout(NamedTuple):
     """Where every RoI lies."""
 
-    ys: Points
-    xs: Points
+    ys: Points | Pieces
+    xs: Points | Pieces
     first_row: Tensor  # (K,) int64, row of the table where the image of the RoI begins
     poolable: Tensor  # (K,) bool: finite box, existing image and level
 
@@ -161,7 +161,7 @@ def _over_points(
     if 0 < sampling_ratio <= _ONE_SUM:
         return add(*_taps(layout, 0, 0, sampling_ratio), values)
 
-    def blocks(axis: Points) -> Tensor:
+    def blocks(axis: Points | Pieces) -> Tensor:
         """At least 1, also when there is no RoI.
 
         AOTInductor takes the memory of what a loop starts from for something else after the loop, even
@@ -174,7 +174,7 @@ def _over_points(
     wide = blocks(layout.xs)
     turns = blocks(layout.ys) * wide
     fields = (*layout.ys, *layout.xs, *layout[2:])
-    axes = len(Points._fields)
+    kind, axes = type(layout.ys), len(layout.ys)
 
     def unfinished(turn: Tensor, total: Tensor, turns: Tensor, *_rest: Tensor) -> Tensor:
         return turn < turns
@@ -182,7 +182,7 @@ def _over_points(
     def step(
         turn: Tensor, total: Tensor, turns: Tensor, wide: Tensor, values: Tensor, *fields: Tensor
     ) -> tuple[Tensor, Tensor]:
-        layout = Layout(Points(*fields[:axes]), Points(*fields[axes : 2 * axes]), *fields[2 * axes :])
+        layout = Layout(kind(*fields[:axes]), kind(*fields[axes : 2 * axes]), *fields[2 * axes :])
         taps = _taps(layout, turn // wide * _BLOCK, turn % wide * _BLOCK, _BLOCK)
         return turn + 1, total + add(*taps, values)
 

@@ -13,6 +13,7 @@ from onnxscript.function_libs.torch_lib import registration
 
 from . import schema
 from .schema import Pooling
+from .taps import EXACT
 
 op: Any = opset18  # its types are those of values, and here are symbols
 _INT32, _INT64 = ir.DataType.INT32, ir.DataType.INT64
@@ -33,6 +34,10 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
 
 def _multiscale_roi_align(features: Sequence[Any], rois: Any, levels: Any, *rest: Any) -> Any:
     pooling = Pooling(*rest)
+    if pooling.sampling_ratio == EXACT:
+        raise NotImplementedError(
+            'sampling_ratio "exact" has no form in ONNX, whose RoiAlign sums a grid of points'
+        )
     height, width = pooling.output_size
     working = rois.dtype
     image = _column(rois, 0)

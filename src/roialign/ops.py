@@ -23,6 +23,7 @@ from .apart import do_apart
 from .layout import is_channels_last
 from .plain import autograd_is_below, is_plain, is_recorded
 from .schema import DTYPES, Maps, Pooling
+from .taps import EXACT
 
 # device type -> module of its engine, imported when first run. Any other device: the reference.
 # On "xpu" the GPU engine has never been run; Triton serves it as it does "cuda".
@@ -121,7 +122,7 @@ def _check_pooling(pooling: Pooling, maps: int) -> None:
     size, scales, ratio, _, thresholds, order = pooling
     _require(len(size) == 2 and min(size) > 0, "output_size must be two positive integers", lambda: size)
     _require(len(scales) == maps, "scales must hold one number per map", lambda: scales)
-    _require(ratio >= 0, "sampling_ratio must be 0 or more", lambda: ratio)
+    _require(ratio >= EXACT, "sampling_ratio must be 0 or more, or -1, which is exact", lambda: ratio)
     _require(
         len(order) == len(thresholds) + 1 and min(order) >= 0 and max(order) < maps,
         "order must hold a map for each threshold and one more",

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .arguments import check_output_size
+from .arguments import check_output_size, check_sampling_ratio
 from .levels import map_levels_of, staircase
-from .taps import Points, lay_points
+from .taps import Pieces, Points, lay_points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def sampling_points(
     map_size: tuple[int, int],
     output_size: int | Sequence[int],
     scale: float,
-    sampling_ratio: int = -1,
+    sampling_ratio: int | str = -1,
     aligned: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Where one RoI samples its map, as the definition says; a bin's points are the product of both.
@@ -49,7 +49,7 @@ def sampling_points(
         map_size: `(H, W)` of the map, in cells.
         output_size: bins, `(PH, PW)`, or one number for both.
         scale: cells of the map per pixel of the image.
-        sampling_ratio: sampling points per bin and axis; adaptive if not positive.
+        sampling_ratio: sampling points per bin and axis; adaptive if not positive; or "exact".
         aligned: shift by half a cell.
 
     Returns:
@@ -113,7 +113,7 @@ def draw_sampling(
     box: Sequence[float] | Tensor,  # (4,)
     output_size: int | Sequence[int],
     scale: float,
-    sampling_ratio: int = -1,
+    sampling_ratio: int | str = -1,
     aligned: bool = False,
     axes: "Axes | None" = None,
 ) -> "Figure":
@@ -128,7 +128,7 @@ def draw_sampling(
         box: `(x1, y1, x2, y2)` in pixels of the image.
         output_size: bins, `(PH, PW)`, or one number for both.
         scale: cells of the map per pixel of the image.
-        sampling_ratio: sampling points per bin and axis; adaptive if not positive.
+        sampling_ratio: sampling points per bin and axis; adaptive if not positive; or "exact".
         aligned: shift by half a cell.
         axes: where to draw, instead of a new figure.
 
@@ -137,8 +137,10 @@ def draw_sampling(
     """
     height, width = feature.shape[1:]
     rows, columns = _axes_of(box, (height, width), output_size, scale, sampling_ratio, aligned)
-    y_edges, x_edges = _bin_edges(rows), _bin_edges(columns)
-    x1, y1, x2, y2 = (float(c) * scale - 0.5 for c in box)
+    bins = check_output_size(output_size)
+    x1, y1, x2, y2 = (float(c) * scale for c in box)
+    y_edges, x_edges = _bin_edges((y1, y2), bins[0], aligned), _bin_edges((x1, x2), bins[1], aligned)
+    x1, y1, x2, y2 = x1 - 0.5, y1 - 0.5, x2 - 0.5, y2 - 0.5
 
     left, right = min(x1, x_edges[0]) - 1, max(x2, x_edges[-1]) + 1
     top, bottom = min(y1, y_edges[0]) - 1, max(y2, y_edges[-1]) + 1
@@ -149,8 +151,11 @@ def draw_sampling(
     draw_points(axes, _points(rows), _points(columns), size=14)
     axes.set(xlim=(left, right), ylim=(bottom, top))
     _count_cells(axes)
-    grid = f"{rows.grid.item():.0f} x {columns.grid.item():.0f}"
-    axes.set_title(f"aligned={aligned}, {grid} sampling points a bin", fontsize=10, pad=24)
+    if isinstance(rows, Points) and isinstance(columns, Points):
+        how = f"{rows.grid.item():.0f} x {columns.grid.item():.0f} sampling points a bin"
+    else:
+        how = "the integral over a bin"
+    axes.set_title(f"aligned={aligned}, {how}", fontsize=10, pad=24)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=9, frameon=False)
     return _figure_of(axes)
 
@@ -196,9 +201,9 @@ def _axes_of(
     map_size: tuple[int, int],
     output_size: int | Sequence[int],
     scale: float,
-    sampling_ratio: int,
+    sampling_ratio: int | str,
     aligned: bool,
-) -> tuple[Points, Points]:
+) -> tuple[Points | Pieces, Points | Pieces]:
     """The sampling points of one RoI, as the reference lays them: along the rows, along the columns."""
     bins = check_output_size(output_size)
     corners = torch.as_tensor(box, dtype=torch.float32).cpu()
@@ -206,21 +211,24 @@ def _axes_of(
         raise ValueError(f"box must be four finite numbers, x1, y1, x2, y2, got {corners.tolist()}")
     x1, y1, x2, y2 = scale * corners[:, None]
     height, width = (torch.tensor([extent]) for extent in map_size)
+    ratio = check_sampling_ratio(sampling_ratio)
     return (
-        lay_points(y1, y2, bins[0], height, max(sampling_ratio, 0), aligned),
-        lay_points(x1, x2, bins[1], width, max(sampling_ratio, 0), aligned),
+        lay_points(y1, y2, bins[0], height, ratio, aligned),
+        lay_points(x1, x2, bins[1], width, ratio, aligned),
     )
 
 
-def _points(points: Points) -> Tensor:
+def _points(points: Points | Pieces) -> Tensor:
     """`(bins, T)` positions in cells, NaN where there is none or where it misses the map."""
-    bin_start, bin_size, grid, first, count, extent = (field[0, :, None] for field in points)
-    run = torch.arange(int(count.max()))
-    point = bin_start + (first + run + 0.5) * bin_size / grid.clamp(min=1)
-    return torch.where((run < count) & (point >= -1) & (point <= extent), point, torch.nan)
+    point, _weight, touched = points.lay(torch.arange(int(points.number.max())))
+    return torch.where(touched, point, torch.nan)[0]
 
 
-def _bin_edges(points: Points) -> list[float]:
+def _bin_edges(box: tuple[float, float], bins: int, aligned: bool) -> list[float]:
+    """Where bins begin and end, in cells, of a box that does so along one axis."""
+    low, high = (torch.tensor([end]) for end in box)
+    points = lay_points(low, high, bins, torch.tensor([1]), 1, aligned)
+    assert isinstance(points, Points)
     starts = points.bin_start[0]
     return torch.cat((starts, starts[-1:] + points.bin_size[0])).tolist()
 

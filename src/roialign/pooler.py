@@ -24,7 +24,7 @@ class MultiScaleRoIAlign(nn.Module):
         featmap_names: names of the maps to use; those absent from the input are passed over.
         output_size: bins per RoI, `(PH, PW)`, or one number for both.
         sampling_ratio: sampling points per bin and axis; if not positive, as many as the bin has
-            cells, rounded up.
+            cells, rounded up; "exact" for the integral over the bin.
         canonical_scale: side in pixels of the square box that belongs to `canonical_level`.
         canonical_level: k0 of equation 1; level k has stride `2^k`.
         aligned: shift boxes by half a cell, as Detectron2 does.
@@ -55,7 +55,7 @@ class MultiScaleRoIAlign(nn.Module):
         self,
         featmap_names: Sequence[str],
         output_size: int | Sequence[int],
-        sampling_ratio: int,
+        sampling_ratio: int | str,
         *,
         canonical_scale: int = 224,
         canonical_level: int = 4,
@@ -69,7 +69,8 @@ class MultiScaleRoIAlign(nn.Module):
         arguments.check_number("canonical_level", canonical_level)
         arguments.check_map_levels(map_levels)
         self.featmap_names = arguments.check_featmap_names(featmap_names)
-        self.sampling_ratio = arguments.check_integer("sampling_ratio", sampling_ratio)
+        arguments.check_sampling_ratio(sampling_ratio)
+        self.sampling_ratio = sampling_ratio
         self.output_size = arguments.check_output_size(output_size)
         self.scales = arguments.check_module_scales(scales)
         self.map_levels = map_levels
@@ -108,7 +109,7 @@ class MultiScaleRoIAlign(nn.Module):
                 image_shapes,
                 self.featmap_names,  # type: ignore[arg-type]
                 self.output_size,
-                self.sampling_ratio,
+                self.sampling_ratio,  # type: ignore[arg-type] # of which TorchScript has integers alone
                 float(self.canonical_scale),
                 float(self.canonical_level),
                 self.aligned,
@@ -157,6 +158,11 @@ def _check_scriptable(module: nn.Module) -> None:
             f"torch.jit.script compiles a {type(module).__name__} to torchvision's operator, and torchvision "
             "is not installed; use torch.export"
         )
+    if isinstance(module.sampling_ratio, str):
+        raise TypeError(
+            f"sampling_ratio must be an integer in TorchScript, got {module.sampling_ratio!r}; "
+            "use torch.export"
+        )
 
 
 def from_torchvision(state: dict[str, Any]) -> dict[str, Any]:
@@ -190,7 +196,7 @@ class RoIAlign(nn.Module):
     Args:
         output_size: bins per RoI, `(PH, PW)`, or one number for both.
         spatial_scale: cells of the map per pixel of the image.
-        sampling_ratio: sampling points per bin and axis; adaptive if not positive.
+        sampling_ratio: sampling points per bin and axis; adaptive if not positive; or "exact".
         aligned: shift boxes by half a cell.
     """
 
@@ -200,7 +206,7 @@ class RoIAlign(nn.Module):
         self,
         output_size: int | Sequence[int],
         spatial_scale: float,
-        sampling_ratio: int,
+        sampling_ratio: int | str,
         aligned: bool = False,
     ) -> None:
         super().__init__()
@@ -208,7 +214,8 @@ class RoIAlign(nn.Module):
         arguments.check_positive("spatial_scale", spatial_scale)
         self.output_size = output_size
         self.spatial_scale = spatial_scale
-        self.sampling_ratio = arguments.check_integer("sampling_ratio", sampling_ratio)
+        arguments.check_sampling_ratio(sampling_ratio)
+        self.sampling_ratio = sampling_ratio
         self.aligned = arguments.check_flag("aligned", aligned)
 
     def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:

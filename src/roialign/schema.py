@@ -16,7 +16,9 @@ class Pooling(NamedTuple):
 
     output_size: Sequence[int]  # bins per axis
     scales: Sequence[float]  # cells of each map per pixel of the image
-    sampling_ratio: int  # sampling points per bin and axis; 0: as many as the bin has cells, rounded up
+    sampling_ratio: (
+        int  # points per bin and axis; 0: as many as the bin has cells, rounded up; or `taps.EXACT`
+    )
     aligned: bool  # whether cell centres lie at whole numbers, and small boxes are not widened
     thresholds: Sequence[float]  # the staircase of the pyramid; see `levels.Staircase`
     order: Sequence[int]

@@ -121,7 +121,7 @@ def _forward_planes(
         *taps, max(maps.heights), max(maps.widths), height, width, maps.inner, rois.itemsize, 0
     )
     # Points of a grid of fixed ratio may lie far apart, and then each needs a window of its own.
-    step = 1 if pooling.sampling_ratio == 0 else LANES
+    step = 1 if pooling.sampling_ratio <= 0 else LANES
     rows, columns = min(taps[0], max(maps.heights)), min(taps[1] // 2 * step, max(maps.widths)) + LANES
     work, at_once, pieces = planes.share(n, channels, height, rows, columns, _tasks_wanted())
     pooled = describe(out)

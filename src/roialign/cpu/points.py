@@ -32,7 +32,8 @@ def are_points_few(channels, bins_y, bins_x, sampling_ratio):
 
     From 16 channels on many RoIs go another way, which must give the same bits.
     """
-    return channels < LANES and 0 < channels * bins_y * bins_x * sampling_ratio * sampling_ratio <= MOST
+    points = channels * bins_y * bins_x * sampling_ratio * sampling_ratio
+    return channels < LANES and sampling_ratio > 0 and points <= MOST
 
 
 @part

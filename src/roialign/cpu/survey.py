@@ -71,7 +71,7 @@ def fill_tables(survey: Survey, lo: int, stop: int, maps: Maps, room: int, arena
 
 def most_taps(problem: tables.Problem, tag: Any, order: int, n: int, pooling: Pooling) -> tuple[int, int]:
     """Room for the most taps that one of some RoIs has along y and x; see `tables.most_taps`."""
-    if pooling.sampling_ratio == 0:
+    if pooling.sampling_ratio <= 0:
         y_taps, x_taps = tables.most_taps(tag, problem, order, n)
         return y_taps, x_taps
     y_bins, x_bins = pooling.output_size

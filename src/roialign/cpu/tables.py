@@ -39,7 +39,7 @@ class Problem(NamedTuple):
     n_steps: Any
     bins_y: Any
     bins_x: Any
-    sampling_ratio: Any
+    sampling_ratio: Any  # points per bin, 0 or `taps.EXACT`
     aligned: Any
 
 
@@ -120,11 +120,52 @@ def low_cell(tag, bin_start, bin_size, grid, index, extent):
     point = bin_start + (index + number(0.5)) * bin_size / grid
     if not (point >= number(-1) and point <= number(extent)):
         return -ONE, number(0)
+    return _cell_below(tag, point, extent)
+
+
+@part
+def _cell_below(tag, point, extent):
+    number = type(tag)
     point = max(point, number(0))
     low = np.int64(point)
     if low >= extent - 1:  # among integers: as a float the last cell may be rounded up, past the map
         return extent - 1, number(0)
     return low, point - number(low)
+
+
+@part
+def _lay_bin(tag, start, bin_size, b, extent, sampling_ratio):
+    """How many points of bin b to visit, and what `_sample` must know of it; see `taps`."""
+    number = type(tag)
+    bin_start = start + number(b) * bin_size
+    if sampling_ratio >= 0:
+        grid, first, visits = _visits(tag, bin_start, bin_size, extent, sampling_ratio)
+        return visits, bin_start, bin_size, grid, first
+    bin_end = start + number(b + 1) * bin_size
+    low, high = min(bin_start, bin_end), max(bin_start, bin_end)
+    length = high - low
+    if not (high >= number(-1) and low <= number(extent)):
+        return ZERO, low, high, length, low
+    if length == 0:
+        return ONE, low, high, length, low
+    low, high = max(low, number(-1)), min(high, number(extent))
+    first = np.floor(low)
+    visits = np.int64(np.ceil(high) - first) if low < high else ZERO
+    return visits, low, high, length, first
+
+
+@part
+def _sample(tag, laid, i, extent, sampling_ratio):
+    """Of point i: the cell below it, or -1 if it misses the map, the share of the next, and its weight."""
+    number = type(tag)
+    _, low, high, grid, first = laid
+    if sampling_ratio >= 0:
+        cell, share = low_cell(tag, low, high, grid, first + number(i), extent)
+        return cell, share, number(1) / grid
+    start = max(low, first + number(i))
+    stop = min(high, first + number(i + 1))
+    cell, share = _cell_below(tag, (start + stop) * number(0.5), extent)
+    return cell, share, (stop - start) / grid if grid > 0 else number(1)
 
 
 @kernel
@@ -173,10 +214,9 @@ def _rows_touched(tag, problem, k, level):
     bin_size = size / type(tag)(problem.bins_y)
     lowest, highest = ONE << 40, -ONE
     for b in range(problem.bins_y):
-        bin_start = start + type(tag)(b) * bin_size
-        grid, first, visits = _visits(tag, bin_start, bin_size, extent, problem.sampling_ratio)
-        for i in range(visits):
-            low, _share = low_cell(tag, bin_start, bin_size, grid, first + type(tag)(i), extent)
+        laid = _lay_bin(tag, start, bin_size, b, extent, problem.sampling_ratio)
+        for i in range(laid[0]):
+            low, _share, _weight = _sample(tag, laid, i, extent, problem.sampling_ratio)
             if low >= 0:
                 lowest, highest = min(lowest, low), max(highest, min(low + 1, extent - 1))
     return lowest, highest
@@ -204,7 +244,7 @@ def sort(n, keys, rows, homes, counts, order, bounds):
 
 @kernel
 def measure(tag, problem, order, n, room, y_base, x_base):
-    """Of an adaptive grid: how many RoIs there is room for, and the taps of all along y and along x.
+    """Where points are as many as cells: how many RoIs there is room for, and the taps of all along y and x.
 
     The tables of a RoI begin where those of the one before end: two taps for each point visited.
     """
@@ -226,7 +266,7 @@ def measure(tag, problem, order, n, room, y_base, x_base):
 
 @kernel
 def most_taps(tag, problem, order, n):
-    """Of an adaptive grid: room for the most taps that one of n RoIs has along y and along x.
+    """Likewise, room for the most taps that one of n RoIs has along y and along x.
 
     They are listed at `order`, or if that is 0 they are the first.
     """
@@ -248,7 +288,7 @@ def _count(tag, problem, k, axis, level, bins):
     bin_size = size / type(tag)(bins)
     total = ZERO
     for b in range(bins):
-        total += 2 * _visits(tag, start + type(tag)(b) * bin_size, bin_size, extent, ZERO)[2]
+        total += 2 * _lay_bin(tag, start, bin_size, b, extent, problem.sampling_ratio)[0]
     return total
 
 
@@ -304,12 +344,10 @@ def _fill_rising(tag, start, size, bins, extent, sampling_ratio, starts, taps, w
     last = -ONE  # the cell listed last
     for b in range(bins):
         put(starts, b, n)
-        bin_start = start + number(b) * bin_size
-        grid, first, visits = _visits(tag, bin_start, bin_size, extent, sampling_ratio)
+        laid = _lay_bin(tag, start, bin_size, b, extent, sampling_ratio)
         newest = -ONE  # the cell of the bin's last tap
-        share_of_point = number(1) / grid
-        for i in range(visits):
-            low, share = low_cell(tag, bin_start, bin_size, grid, first + number(i), extent)
+        for i in range(laid[0]):
+            low, share, share_of_point = _sample(tag, laid, i, extent, sampling_ratio)
             if low >= 0:
                 if low < before:
                     return -ONE
@@ -338,14 +376,13 @@ def _fill_bins(tag, start, size, bins, extent, sampling_ratio, starts, taps, wei
     n = ZERO
     for b in range(bins):
         put(starts, b, n)
-        bin_start = start + number(b) * bin_size
-        grid, first, visits = _visits(tag, bin_start, bin_size, extent, sampling_ratio)
+        laid = _lay_bin(tag, start, bin_size, b, extent, sampling_ratio)
         opened = n
-        for i in range(visits):
-            low, share = low_cell(tag, bin_start, bin_size, grid, first + number(i), extent)
+        for i in range(laid[0]):
+            low, share, weight = _sample(tag, laid, i, extent, sampling_ratio)
             if low >= 0:
-                n = _add_tap(tag, taps, weights, opened, n, low, (number(1) - share) / grid)
-                n = _add_tap(tag, taps, weights, opened, n, min(low + 1, extent - 1), share / grid)
+                n = _add_tap(tag, taps, weights, opened, n, low, (number(1) - share) * weight)
+                n = _add_tap(tag, taps, weights, opened, n, min(low + 1, extent - 1), share * weight)
     put(starts, bins, n)
 
 

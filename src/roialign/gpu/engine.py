@@ -85,9 +85,9 @@ def forward(
     if _too_wide(features, rois.dtype):
         reference.forward(out, features, rois, levels, pooling)
         return
-    adaptive = pooling.sampling_ratio == 0
-    height, width = _largest(features) if adaptive else (0, 0)
-    row_length, length = _lengths(pooling, height, width, sum(pooling.output_size) if adaptive else 0)
+    in_runs = pooling.sampling_ratio <= 0
+    height, width = _largest(features) if in_runs else (0, 0)
+    row_length, length = _lengths(pooling, height, width, sum(pooling.output_size) if in_runs else 0)
     for lo, hi in _parts_of(len(rois), row_length, length, rois.dtype):
         some = rois[lo:hi].contiguous(), None if levels is None else levels[lo:hi].contiguous()
         rows = rois.new_empty(hi - lo, row_length, dtype=torch.int64)
@@ -128,8 +128,8 @@ def _write_for_bins(
         table_kernels.place[grid](rows, numbers, *what, **constants, RATIO=ratio, BLOCK=_BLOCK, **_OPTIONS)
     else:
         table_kernels.write_for_bins[(2 * len(rois),)](
-            rows, rows.shape[1], numbers, numbers.shape[1], *_largest(features), *what, **constants,
-            **{**_OPTIONS, "num_warps": 1},
+            rows, rows.shape[1], numbers, numbers.shape[1], *_largest(features), *what,
+            **constants, RATIO=ratio, **{**_OPTIONS, "num_warps": 1},
         )  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def _scale(poolable, RATIO: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def _is_whole(places, poolable, POINTS: tl.constexpr):
     """Whether all points of a RoI meet the map, so that none needs to be asked after."""
-    if POINTS == 0:
+    if POINTS <= 0:
         return False
     else:
         BLOCK: tl.constexpr = triton.next_power_of_2(POINTS)

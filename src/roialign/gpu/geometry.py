@@ -10,6 +10,7 @@ Integers of the maps come as `2 * n + 3` (see `engine.plain`) and floats as summ
 import triton
 import triton.language as tl
 
+EXACT = tl.constexpr(-1)  # see `taps`
 UNROLLED = tl.constexpr(4)  # the largest grid whose loops are laid out
 
 
@@ -157,19 +158,50 @@ def most(numbers):
 
 
 @triton.jit
-def weight_of(cell, bin_start, bin_size, extent, RATIO: tl.constexpr):
-    """The weights of a vector of cells in one bin, or of one cell each in a vector of bins."""
-    bin_start = bin_start + cell * 0
-    grid, first, number = visits(bin_start, bin_size, cell - 1, cell + 1, RATIO)
-    total = cell * 0
-    if RATIO > 0 and RATIO <= UNROLLED:
-        for i in tl.static_range(RATIO):
-            total += _hat(cell, bin_start, bin_size, grid, i, extent, RATIO)
+def weight_of(cell, start, bin_size, b, extent, RATIO: tl.constexpr):
+    """The weights of a vector of cells in bin `b`, or of one cell each in a vector of bins."""
+    bin_start = start + b * bin_size + cell * 0
+    if RATIO == EXACT:
+        return _integral(cell, bin_start, start + (b + 1) * bin_size + cell * 0, extent)
     else:
-        for i in range(most(number)):
-            hat = _hat(cell, bin_start, bin_size, grid, first + i, extent, RATIO)
-            total += tl.where(i < number, hat, 0.0)
-    return share(total, grid, RATIO)
+        grid, first, number = visits(bin_start, bin_size, cell - 1, cell + 1, RATIO)
+        total = cell * 0
+        if RATIO > 0 and RATIO <= UNROLLED:
+            for i in tl.static_range(RATIO):
+                total += _hat(cell, bin_start, bin_size, grid, i, extent, RATIO)
+        else:
+            for i in range(most(number)):
+                hat = _hat(cell, bin_start, bin_size, grid, first + i, extent, RATIO)
+                total += tl.where(i < number, hat, 0.0)
+        return share(total, grid, RATIO)
+
+
+@triton.jit
+def ends_of(bin_start, bin_end, extent):
+    """Where a bin enters and leaves the map, its length, and whether it meets the map; see `taps.Pieces`."""
+    low, high = tl.minimum(bin_start, bin_end), tl.maximum(bin_start, bin_end)
+    length = high - low
+    meets = (high >= -1) & (low <= extent) & (((high > -1) & (low < extent)) | (length == 0))
+    return tl.maximum(low, -1.0), tl.minimum(high, extent), length, meets
+
+
+@triton.jit
+def _integral(cell, bin_start, bin_end, extent):
+    """Of the hat of a cell over a bin, divided by its length: of two pieces, each linear.
+
+    Beyond the outermost centres the map goes on for a cell as it is there.
+    """
+    low, high, length, meets = ends_of(bin_start, bin_end, extent)
+    left = tl.minimum(high, cell) - tl.maximum(low, cell - 1)
+    right = tl.minimum(high, cell + 1) - tl.maximum(low, cell)
+    rising = 1 - (cell - (tl.minimum(high, cell) + tl.maximum(low, cell - 1)) * 0.5)
+    falling = 1 - ((tl.minimum(high, cell + 1) + tl.maximum(low, cell)) * 0.5 - cell)
+    total = tl.maximum(left, 0.0) * tl.where(cell == 0, 1.0, rising)
+    total += tl.maximum(right, 0.0) * tl.where(cell == extent - 1, 1.0, falling)
+    point = tl.minimum(tl.maximum(low, 0.0), extent - 1)  # of a bin without length
+    at_point = tl.maximum(1 - tl.abs(cell - point), 0.0)
+    total = tl.where(length > 0, divide(total, tl.where(length > 0, length, 1.0)), at_point)
+    return tl.where(meets, total, 0.0)
 
 
 @triton.jit

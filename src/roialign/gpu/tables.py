@@ -13,7 +13,19 @@ last, the length of its longest run, the origin and the step of its weights; the
 import triton
 import triton.language as tl
 
-from .geometry import bins_within, divide, locate, most, reach, sample_point, visits, weight_of, whole_of
+from .geometry import (
+    EXACT,
+    bins_within,
+    divide,
+    ends_of,
+    locate,
+    most,
+    reach,
+    sample_point,
+    visits,
+    weight_of,
+    whole_of,
+)
 
 LOW, HIGH, LONGEST, ORIGIN, STEP = (tl.constexpr(i) for i in range(1, 6))  # of y
 OF_X = tl.constexpr(5)  # further on are those of x
@@ -71,13 +83,14 @@ def write_for_bins(
     rows, row_length, numbers, length, height, width, heights, widths,
     rois, levels, count, images, scales, thresholds,
     ORDER: tl.constexpr, ALIGNED: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr,
+    RATIO: tl.constexpr,
 ):  # fmt: skip
-    """The runs of the bins of an adaptive grid, of one axis of a RoI per program."""
+    """The runs of the bins of an adaptive grid or of integrals, of one axis of a RoI per program."""
     k, axis = (tl.program_id(0) // 2).to(tl.int64), tl.program_id(0) % 2
     write_runs(
         rows, row_length, numbers, length, height, width, heights, widths,
         rois, levels, k, axis, count, images, scales, thresholds,
-        ORDER, ALIGNED, BINS_Y, BINS_X, 0, False, BLOCK,
+        ORDER, ALIGNED, BINS_Y, BINS_X, RATIO, False, BLOCK,
     )  # fmt: skip
 
 
@@ -145,9 +158,31 @@ def _runs_of_bins(
     longest = tl.zeros((), tl.int64)
     for b0 in range(0, BINS, BLOCK):
         b = b0 + tl.arange(0, BLOCK)
-        bin_start = start + b.to(start.dtype) * bin_size
+        lowest, highest = _cells_of_bins(
+            start, bin_size, b.to(start.dtype), (b < BINS) & poolable, extent, RATIO
+        )  # fmt: skip
+        length = tl.maximum(highest - lowest + 1, 0.0).to(tl.int64)
+        cell = lowest.to(tl.int64)
+        tl.store(runs + b, pack(cell, cell + length), b < BINS)
+        for i in range(most(length)):
+            weight = weight_of(lowest + i, start, bin_size, b.to(start.dtype), extent, RATIO)
+            tl.store(weights + cell + i + step * b, weight, (b < BINS) & (i < length))
+        longest = tl.maximum(longest, most(length))
+    return longest
+
+
+@triton.jit
+def _cells_of_bins(start, bin_size, b, here, extent, RATIO: tl.constexpr):
+    """The first and the last cell that each of some bins reads, if it is `here`; else the last is -1."""
+    bin_start = start + b * bin_size
+    if RATIO == EXACT:
+        low, high, length, meets = ends_of(bin_start, start + (b + 1) * bin_size, extent)
+        lowest = tl.minimum(tl.maximum(tl.floor(low), 0.0), extent - 1)
+        highest = tl.maximum(tl.where(length > 0, tl.ceil(high), tl.floor(low) + 1), 1.0)
+        return lowest, tl.where(meets & here, tl.minimum(highest, extent - 1), -1.0)
+    else:
         grid, first, number = visits(bin_start, bin_size, -1.0, extent, RATIO)
-        number = tl.where((b < BINS) & poolable, number, 0)
+        number = tl.where(here, number, 0)
         lowest, highest = extent + bin_start * 0, bin_start * 0 - 1
         for i in range(most(number)):
             point, touched = sample_point(bin_start, bin_size, grid, first + i, extent, RATIO)
@@ -155,14 +190,7 @@ def _runs_of_bins(
             touched &= i < number
             lowest = tl.where(touched, tl.minimum(lowest, cell), lowest)
             highest = tl.where(touched, tl.maximum(highest, tl.minimum(cell + 1, extent - 1)), highest)
-        length = tl.maximum(highest - lowest + 1, 0.0).to(tl.int64)
-        cell = lowest.to(tl.int64)
-        tl.store(runs + b, pack(cell, cell + length), b < BINS)
-        for i in range(most(length)):
-            weight = weight_of(lowest + i, bin_start, bin_size, extent, RATIO)
-            tl.store(weights + cell + i + step * b, weight, (b < BINS) & (i < length))
-        longest = tl.maximum(longest, most(length))
-    return longest
+        return lowest, highest
 
 
 @triton.jit
@@ -179,13 +207,13 @@ def _runs_of_cells(
         b0, b1 = bins_within(start, size, bin_size, before, before + (BLOCK + 1), BINS)
         first, stop = c * 0 + BINS, c * 0
         for b in range(b0, b1):
-            weight = weight_of(cell, start + b * bin_size, bin_size, extent, RATIO)
+            weight = weight_of(cell, start, bin_size, b, extent, RATIO)
             first = tl.where(weight != 0, tl.minimum(first, b), first)
             stop = tl.where(weight != 0, b + 1, stop)
         first = tl.minimum(first, stop)
         tl.store(runs + c - low, pack(first, stop), c <= high)
         for b in range(b0, b1):
-            weight = weight_of(cell, start + b * bin_size, bin_size, extent, RATIO)
+            weight = weight_of(cell, start, bin_size, b, extent, RATIO)
             tl.store(weights + c + step * b, weight, (c <= high) & (first <= b) & (b < stop))
         longest = tl.maximum(longest, most(tl.where(c <= high, stop - first, 0)))
     return longest
