@@ -22,7 +22,7 @@ from ..schema import Pooling
 from . import backward as backward_kernel
 from . import direct as direct_kernel
 from . import forward as forward_kernel
-from . import planes, planes_backward, threads
+from . import planes, planes_backward, points, threads
 from .jit import cache_folder as cache_folder
 from .jobs import lay, pack
 from .lanes import Scratch
@@ -125,7 +125,8 @@ def _forward_planes(
     rows, columns = min(taps[0], max(maps.heights)), min(taps[1] // 2 * step, max(maps.widths)) + LANES
     work, at_once, pieces = planes.share(n, channels, height, rows, columns, _tasks_wanted())
     pooled = describe(out)
-    job = 0, 0, *problem, at(pooled), channels, n, order, at_once, pieces, maps.longest, *room
+    pointwise = int(points.are_few(channels, pooling.output_size, pooling.sampling_ratio))
+    job = 0, 0, *problem, at(pooled), channels, n, order, at_once, pieces, pointwise, maps.longest, *room
     row = array("q", job)  # a `planes.Job`, laid without `pack` to save time
     threads.run(planes.run, tags, at(row), -(-n // at_once) * pieces, size, work, arena)
     return bool(row[1])
@@ -199,6 +200,11 @@ def backward(
     for dtype in dict.fromkeys(g.dtype for g in grads):
         maps = describe_maps(grads, layouts, tuple(g.dtype == dtype for g in grads))
         tags = _TAG[dtype], _WORK[rois.dtype], _TAG[grad.dtype]
+        pointwise = points.are_few(grad.shape[1], pooling.output_size, pooling.sampling_ratio)
+        if pointwise and dtype == rois.dtype:
+            _backward_points(grads, grad, maps, rois, levels, pooling, tags, arena)
+            arena.rewind(start)
+            continue
         survey, _lost = take_survey(rois, levels, maps, pooling, tags[1], arena)
         innermost = all(g.stride(1) == 1 for g in grads if g.dtype == dtype)
         if _backward_way(grad.shape[1], innermost, len(rois)) is PLANES:
@@ -207,6 +213,21 @@ def backward(
             _Backward(grads, grad, maps, survey, tags, arena).run()
         arena.rewind(start)
     arena.give_back()
+
+
+def _backward_points(
+    grads: Sequence[Tensor], grad: Tensor, maps: Maps, rois: Tensor, levels: Tensor | None, pooling: Pooling,
+    tags: tuple[Any, ...], arena: Arena,
+) -> None:  # fmt: skip
+    """Have every band of rows summed by one thread, from all RoIs, without a survey of them."""
+    problem, _constants = pose(rois, levels, maps, pooling)
+    (height, width), ratio = pooling.output_size, pooling.sampling_ratio
+    work = 8 * ratio * ratio * grad.numel() + sum(g.numel() for g in grads)
+    bands = threads.worth(work)
+    room, size = lay(points.sizes(height * ratio, width * ratio, rois.itemsize))
+    pooled = describe(grad)
+    row = pack(points.Job(0, problem, at(pooled), grad.shape[1], len(rois), bands, room))
+    threads.run(points.run_backward, tags, at(row), bands, size, work, arena)
 
 
 def _backward_way(channels: int, innermost: bool, rois: int) -> str:

@@ -26,7 +26,7 @@ from .lines import (
     tables_in,
     turn,
 )
-from .points import are_points_few, pool_points
+from .points import pool_points
 from .simd import LANES, fetch_add, fma_one, get, load_one, put, size_of, store_one
 from .tables import (
     AT,
@@ -60,6 +60,7 @@ class Job(NamedTuple):
     order: Any  # (rois,) which; or 0: all
     at_once: Any  # RoIs of a task
     pieces: Any  # that a RoI is cut into
+    pointwise: Any  # whether points are summed one by one
     longest: Any  # axis of a map
     room: Room  # offsets
 
@@ -83,12 +84,11 @@ def share(
 @c_kernel
 def run(job, memory, source, working, result):
     """Take tasks until none is left. A task is some RoIs, or a piece of one."""
-    _, _, problem, out, channels, rois, order, at_once, pieces, longest, offsets = unpack(Job, job)
+    _, _, problem, out, channels, rois, order, at_once, pieces, pointwise, longest, offsets = unpack(Job, job)
     src_tag, tag, out_tag, room = source(0), working(0), result(0), scratch_in(offsets, memory)
     for cell in range(longest):
         put(room.place, cell, -ONE)
     ys, xs = tables_in(room)
-    pointwise = are_points_few(channels, problem.bins_y, problem.bins_x, problem.sampling_ratio)
     tasks = (rois + at_once - 1) // at_once * pieces
     task = fetch_add(job)
     while task < tasks:

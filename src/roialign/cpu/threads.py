@@ -107,6 +107,11 @@ def _task_address(kernel: Any, *kinds: type) -> int:
     return address(kernel, types.intp, types.intp, *map(numba.typeof, kinds))
 
 
+def worth(work: int) -> int:
+    """Threads that so much work deserves; see `run`."""
+    return min(torch.get_num_threads(), 1 + work // _WORTH_A_THREAD)
+
+
 def run(kernel: Any, tags: Iterable[Any], job: int, tasks: int, share: int, work: int, arena: Arena) -> None:
     """Run a task kernel on as many threads as the work deserves.
 
@@ -122,7 +127,7 @@ def run(kernel: Any, tags: Iterable[Any], job: int, tasks: int, share: int, work
         arena: where the shares are laid.
     """
     keeping_gil, giving_up_gil = _ways()
-    wanted = min(torch.get_num_threads(), tasks, 1 + work // _WORTH_A_THREAD) - 1
+    wanted = min(tasks, worth(work)) - 1
     pool = _pool  # after a fork from here on, one without helpers
     helpers = pool.wake(wanted) if wanted > 0 else 0
     share = -(-share // 64) * 64
