@@ -18,7 +18,7 @@ from torch import Tensor
 
 import roialign
 from roialign import ops, reference
-from roialign.arguments import check_sampling_ratio
+from roialign.arguments import points_of
 from roialign.levels import staircase
 from roialign.schema import Pooling
 from roialign.taps import Pieces, Points, Taps
@@ -338,7 +338,7 @@ class Call:
             return result._replace(weight=result.weight.double())
 
         leaves = [f.detach().double().requires_grad_() for f in features]
-        ratio = check_sampling_ratio(p.sampling_ratio)
+        ratio = points_of(p.sampling_ratio)
         pooling = Pooling(p.output_size, self.scales, ratio, p.aligned, *steps)
         with mock.patch.object(reference, "taps_of", exact):
             reference.forward(out, leaves, self.rois, self.levels, pooling)

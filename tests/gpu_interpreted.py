@@ -32,7 +32,7 @@ def assert_agrees(actual: Tensor, truth: Tensor, expected: Tensor) -> None:
 
 
 def pooling_of(scales, output_size, ratio, aligned, working) -> Pooling:
-    points, steps = arguments.check_sampling_ratio(ratio), staircase(scales, *CANONICAL, working)
+    points, steps = arguments.points_of(ratio), staircase(scales, *CANONICAL, working)
     return Pooling(output_size, scales, points, aligned, *steps)
 
 

@@ -13,7 +13,7 @@ from torch.export import Dim
 
 import roialign
 from roialign import layout, ops
-from roialign.arguments import check_sampling_ratio
+from roialign.arguments import points_of
 from roialign.levels import staircase
 from roialign.rois import boxes_to_rois
 from roialign.testing import LAYOUTS, assert_within_budget, hostile_boxes, pyramid, random_boxes
@@ -33,7 +33,7 @@ def arguments(ratio=2, aligned=False, levels=None, boxes=BOXES, dtype=torch.floa
     working = torch.float64 if dtype == torch.float64 else torch.float32
     rois = boxes_to_rois(boxes, features[0], working)
     steps = staircase(SCALES, 28, 4, working)
-    return features, rois, levels, (3, 2), SCALES, check_sampling_ratio(ratio), aligned, *steps
+    return features, rois, levels, (3, 2), SCALES, points_of(ratio), aligned, *steps
 
 
 def in_double(args: tuple) -> tuple:

@@ -96,7 +96,7 @@ BAD_ARGUMENTS = {
     "one bin size": ({3: (3,)}, "output_size must be two positive integers"),
     "no bins": ({3: (0, 3)}, "output_size must be two positive integers"),
     "too few scales": ({4: SCALES[:2]}, "scales must hold one number per map"),
-    "an unknown rule": ({5: -1}, "sampling_ratio must be 0 or more"),
+    "an unknown rule": ({5: -2}, "sampling_ratio must be 0 or more"),
     "a map beyond the last": ({8: [0, 1, 3]}, "order must hold a map"),
     "a negative map": ({8: [0, -1, 2]}, "order must hold a map"),
     "too few thresholds": ({7: []}, "order must hold a map"),

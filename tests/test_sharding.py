@@ -1,5 +1,6 @@
 """On two processes: DDP gives the gradients of one, and DTensor pools what is sharded where it lies."""
 
+import gc
 import os
 
 import pytest
@@ -24,6 +25,13 @@ def start(rank: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+
+
+def finish() -> None:
+    """Together: else one may still be heard by a thread of the other, which then ends the process."""
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def run_on_two(worker, tmp_path) -> None:
@@ -65,7 +73,7 @@ def train(rank: int, rendezvous: str) -> None:
         for actual, expected in zip(parallel.parameters(), single.parameters(), strict=True):
             torch.testing.assert_close(actual.grad, expected.grad)
             assert expected.grad.any()
-    dist.destroy_process_group()
+    finish()
 
 
 def test_ddp_gives_the_gradients_of_a_single_process_also_without_boxes_on_one_rank(tmp_path):
@@ -117,7 +125,7 @@ def shard(rank: int, rendezvous: str) -> None:
     out = pool(features, [distribute_tensor(b, mesh, [Replicate()]) for b in boxes])
     assert out.placements == (Shard(1),)
     assert torch.equal(out.full_tensor(), pool(maps, boxes))
-    dist.destroy_process_group()
+    finish()
 
 
 @needs_torch("2.9", "DTensor drops the placements of a result that is a list of tensors")

@@ -35,13 +35,19 @@ def check_number(argument: str, value: Any) -> float:
     return number
 
 
-def check_sampling_ratio(sampling_ratio: Any) -> int:
-    """Sampling points per bin and axis, 0 for an adaptive grid, or `EXACT`."""
+def check_sampling_ratio(sampling_ratio: Any) -> int | str:
+    """A whole number, or "exact"."""
     if isinstance(sampling_ratio, str):
         if sampling_ratio != "exact":
             raise ValueError(f'sampling_ratio must be an integer or "exact", got {sampling_ratio!r}')
-        return EXACT
-    return max(check_integer("sampling_ratio", sampling_ratio), 0)
+        return sampling_ratio
+    return check_integer("sampling_ratio", sampling_ratio)
+
+
+def points_of(sampling_ratio: Any) -> int:
+    """Sampling points per bin and axis, 0 for an adaptive grid, or `EXACT`."""
+    ratio = check_sampling_ratio(sampling_ratio)
+    return EXACT if isinstance(ratio, str) else max(ratio, 0)
 
 
 def check_positive(argument: str, value: Any) -> float:

@@ -187,7 +187,7 @@ def _pool(
     canonical_level: float,
 ) -> Tensor:
     size = arguments.check_output_size(output_size)
-    ratio = arguments.check_sampling_ratio(sampling_ratio)
+    ratio = arguments.points_of(sampling_ratio)
     aligned = arguments.check_flag("aligned", aligned)
     canonical_scale = arguments.check_positive("canonical_scale", canonical_scale)
     canonical_level = arguments.check_number("canonical_level", canonical_level)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .arguments import check_output_size, check_sampling_ratio
+from .arguments import check_output_size, points_of
 from .levels import map_levels_of, staircase
 from .taps import Pieces, Points, lay_points
 
@@ -211,7 +211,7 @@ def _axes_of(
         raise ValueError(f"box must be four finite numbers, x1, y1, x2, y2, got {corners.tolist()}")
     x1, y1, x2, y2 = scale * corners[:, None]
     height, width = (torch.tensor([extent]) for extent in map_size)
-    ratio = check_sampling_ratio(sampling_ratio)
+    ratio = points_of(sampling_ratio)
     return (
         lay_points(y1, y2, bins[0], height, ratio, aligned),
         lay_points(x1, x2, bins[1], width, ratio, aligned),

@@ -69,8 +69,7 @@ class MultiScaleRoIAlign(nn.Module):
         arguments.check_number("canonical_level", canonical_level)
         arguments.check_map_levels(map_levels)
         self.featmap_names = arguments.check_featmap_names(featmap_names)
-        arguments.check_sampling_ratio(sampling_ratio)
-        self.sampling_ratio = sampling_ratio
+        self.sampling_ratio = arguments.check_sampling_ratio(sampling_ratio)
         self.output_size = arguments.check_output_size(output_size)
         self.scales = arguments.check_module_scales(scales)
         self.map_levels = map_levels
@@ -109,7 +108,7 @@ class MultiScaleRoIAlign(nn.Module):
                 image_shapes,
                 self.featmap_names,  # type: ignore[arg-type]
                 self.output_size,
-                self.sampling_ratio,  # type: ignore[arg-type] # of which TorchScript has integers alone
+                self.sampling_ratio,  # type: ignore[arg-type]
                 float(self.canonical_scale),
                 float(self.canonical_level),
                 self.aligned,
@@ -214,8 +213,7 @@ class RoIAlign(nn.Module):
         arguments.check_positive("spatial_scale", spatial_scale)
         self.output_size = output_size
         self.spatial_scale = spatial_scale
-        arguments.check_sampling_ratio(sampling_ratio)
-        self.sampling_ratio = sampling_ratio
+        self.sampling_ratio = arguments.check_sampling_ratio(sampling_ratio)
         self.aligned = arguments.check_flag("aligned", aligned)
 
     def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:

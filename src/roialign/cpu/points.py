@@ -32,15 +32,16 @@ from .tables import (
     span_of,
 )
 
-MOST = 128  # points of all channels of a RoI, from where on tables are faster
+MOST = 16  # points of a RoI, from where on tables are faster with as few as three channels
 
 
 def are_few(channels: int, bins: Sequence[int], sampling_ratio: int) -> bool:
-    """Whether to go point by point. No RoI and no strides have a part in it, so they change no bit.
+    """Whether to go point by point.
 
-    From 16 channels on many RoIs go another way, which must give the same bits.
+    No RoI, no strides and no other channel have a part in it, so they change no bit. From 16 channels on
+    many RoIs go another way, which must give the same bits as that of few.
     """
-    points = channels * bins[0] * bins[1] * sampling_ratio * sampling_ratio
+    points = bins[0] * bins[1] * sampling_ratio * sampling_ratio
     return channels < int(LANES) and sampling_ratio > 0 and points <= MOST
 
 
