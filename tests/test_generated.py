@@ -60,7 +60,7 @@ def test_the_definition_agrees_with_torchvision(problem: Problem) -> None:
 
 def test_the_gpu_engine_in_the_interpreter_agrees_with_the_definition() -> None:
     """In a process of its own, because Triton reads its environment when it is imported."""
-    pytest.importorskip("triton", minversion="3.3")
+    pytest.importorskip("triton", minversion="3.4")
     program = Path(__file__).parent / "gpu_generated.py"
     count = examples(in_ci=30)
     command = [sys.executable, "-W", "ignore", str(program), str(count)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", minversion="3.3")
+pytest.importorskip("triton", minversion="3.4")
 
 PROGRAMS = Path(__file__).parent
 
@@ -53,8 +53,8 @@ def test_the_emulator_agrees_with_pytorch(tmp_path):
 def test_an_old_triton_is_named(monkeypatch):
     import triton
 
-    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
     for name in [name for name in sys.modules if name.startswith("roialign.gpu")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ImportError, match=r"need Triton 3\.3 or newer, got 3\.2\.0"):
+    with pytest.raises(ImportError, match=r"need Triton 3\.4 or newer, got 3\.3\.1"):
         importlib.import_module("roialign.gpu.engine")

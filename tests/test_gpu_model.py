@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", minversion="3.3")
+pytest.importorskip("triton", minversion="3.4")
 torchvision = pytest.importorskip("torchvision")
 
 ROOT = Path(__file__).parent.parent
