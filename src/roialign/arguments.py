@@ -7,7 +7,6 @@ torchvision takes (NumPy's numbers, tensors without axes, arrays, views of a dic
 """
 
 import math
-import operator
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,13 +16,14 @@ from torch import Tensor
 from .rois import in_dtype
 from .schema import DTYPES
 from .taps import EXACT
+from .values import advice_for, integer_of, layout_shown, shown, values_of
 
 
 def check_integer(argument: str, value: Any) -> int:
     """A whole number; a symbolic one stays symbolic."""
-    integer = _integer(value)
+    integer = integer_of(value)
     if integer is None:
-        raise TypeError(f"{argument} must be an integer, got {_shown(value)}")
+        raise TypeError(f"{argument} must be an integer, got {shown(value)}")
     return integer
 
 
@@ -62,9 +62,9 @@ def check_flag(argument: str, value: Any) -> bool:
     """True or False, also as NumPy has them, or as 1 or 0."""
     if isinstance(value, bool):
         return value
-    plain = _values(value) if hasattr(value, "ndim") else value
+    plain = values_of(value) if hasattr(value, "ndim") else value
     if not isinstance(plain, int) or plain not in (0, 1):
-        raise TypeError(f"{argument} must be True or False, got {_shown(value)}")
+        raise TypeError(f"{argument} must be True or False, got {shown(value)}")
     return bool(plain)
 
 
@@ -73,12 +73,12 @@ def check_output_size(output_size: Any) -> tuple[int, int]:
     one = isinstance(output_size, (int, torch.SymInt)) or not isinstance(output_size, Iterable)
     size = (output_size,) * 2 if one else _items("output_size", output_size, "one integer or two")
     if len(size) != 2:
-        raise ValueError(f"output_size must be one integer or two, got {_shown(output_size)}")
-    height, width = _integer(size[0]), _integer(size[1])
+        raise ValueError(f"output_size must be one integer or two, got {shown(output_size)}")
+    height, width = integer_of(size[0]), integer_of(size[1])
     if height is None or width is None:
-        raise TypeError(f"output_size must be made of integers, got {_shown(output_size)}")
+        raise TypeError(f"output_size must be made of integers, got {shown(output_size)}")
     if height < 1 or width < 1:
-        raise ValueError(f"output_size must be at least 1, got {_shown(output_size)}")
+        raise ValueError(f"output_size must be at least 1, got {shown(output_size)}")
     return height, width
 
 
@@ -98,7 +98,7 @@ def check_features(
 ) -> list[Tensor]:
     """Maps `(N, C, H, W)` that agree in everything but size, dtype and strides."""
     if isinstance(features, Tensor):
-        got = _layout(features) if features.is_nested else f"one tensor of shape {tuple(features.shape)}"
+        got = layout_shown(features) if features.is_nested else f"one tensor of shape {tuple(features.shape)}"
         raise TypeError(f"{argument} must be a list of maps, got {got}")
     features = _items(argument, features, "a list of maps")
     if len(features) == 0:
@@ -113,10 +113,10 @@ def check_features(
             raise TypeError(f"{label(i)} must be a tensor, got {type(f).__name__}")
         if f.dtype not in DTYPES:
             raise TypeError(
-                f"{label(i)} must be float32, float64, float16 or bfloat16, got {f.dtype}{_conversion(f)}"
+                f"{label(i)} must be float32, float64, float16 or bfloat16, got {f.dtype}{advice_for(f)}"
             )
         if f.layout != torch.strided or f.is_nested:
-            raise TypeError(f"{label(i)} must be a dense tensor, got {_layout(f)}")
+            raise TypeError(f"{label(i)} must be a dense tensor, got {layout_shown(f)}")
         shape = f.shape
         if len(shape) != 4:
             raise ValueError(f"{label(i)} must have shape (N, C, H, W), got {tuple(shape)}")
@@ -142,7 +142,7 @@ def check_boxes(label: str, boxes: Tensor, columns: int, feature: Tensor) -> Non
     if not isinstance(boxes, Tensor):
         raise TypeError(f"{label} must be a tensor, got {type(boxes).__name__}")
     if boxes.layout != torch.strided or boxes.is_nested:
-        raise TypeError(f"{label} must be a dense tensor, got {_layout(boxes)}")
+        raise TypeError(f"{label} must be a dense tensor, got {layout_shown(boxes)}")
     if boxes.dim() != 2 or boxes.shape[1] != columns:
         raise ValueError(
             f"{label} must have shape ({'LK'[columns == 5]}, {columns}), got {tuple(boxes.shape)}"
@@ -194,7 +194,7 @@ def are_boxes_of_images(boxes: Tensor) -> bool:
 def _boxes_in_one(label: str, boxes: Any, images: int) -> list[Any]:
     """The boxes of each image, where one tensor or array has those of all."""
     if getattr(boxes, "is_nested", False):
-        raise TypeError(f"{label} must be a list with a tensor (L, 4) per image, got {_layout(boxes)}")
+        raise TypeError(f"{label} must be a list with a tensor (L, 4) per image, got {layout_shown(boxes)}")
     if boxes.ndim == 3 and boxes.shape[2] == 4:
         return [boxes[i] for i in range(boxes.shape[0])]
     if boxes.ndim == 2 and boxes.shape[1] == 4 and images == 1:
@@ -231,7 +231,7 @@ def check_levels(label: str, levels: Tensor, boxes: int, device: torch.device) -
     if levels.is_floating_point() or levels.is_complex() or levels.is_quantized:
         raise TypeError(f"{label} must be a tensor of integers, got {levels.dtype}")
     if levels.layout != torch.strided or levels.is_nested:
-        raise TypeError(f"{label} must be a dense tensor, got {_layout(levels)}")
+        raise TypeError(f"{label} must be a dense tensor, got {layout_shown(levels)}")
     if levels.dim() != 1 or levels.shape[0] != boxes:
         raise ValueError(f"{label} must have shape ({boxes},), one per box, got {tuple(levels.shape)}")
     if levels.device != device:
@@ -242,7 +242,7 @@ def check_levels(label: str, levels: Tensor, boxes: int, device: torch.device) -
 def check_map_levels(map_levels: Any) -> None:
     """A function from the boxes to their levels, or None for equation 1."""
     if map_levels is not None and not callable(map_levels):
-        raise TypeError(f"map_levels must be a function from boxes to levels, got {_shown(map_levels)}")
+        raise TypeError(f"map_levels must be a function from boxes to levels, got {shown(map_levels)}")
 
 
 def check_scales(scales: Iterable[float], maps: int) -> list[float]:
@@ -328,7 +328,7 @@ def _image_shape(label: str, shape: Any) -> tuple[int, int]:
 
 def _of_image(label: str, shape: Sequence[Any]) -> Sequence[Any]:
     """`(height, width)` of the shape of an image: `(C, H, W)` or `(H, W, C)`, of 1, 3 or 4 channels."""
-    first, last = (_integer(side) in (1, 3, 4) for side in (shape[0], shape[2]))
+    first, last = (integer_of(side) in (1, 3, 4) for side in (shape[0], shape[2]))
     if first == last:
         raise ValueError(
             f"{label} must be (height, width), or of an image of 1, 3 or 4 channels, got {tuple(shape)}"
@@ -338,7 +338,7 @@ def _of_image(label: str, shape: Sequence[Any]) -> Sequence[Any]:
 
 def _pixels(label: str, side: Any) -> int:
     """A side of an image; torchvision takes fractions of a pixel, which no image has."""
-    integer = _integer(side)
+    integer = integer_of(side)
     return int(check_number(f"each side of {label}", side)) if integer is None else integer
 
 
@@ -357,9 +357,9 @@ def _items(argument: str, value: Any, rule: str) -> Sequence[Any]:
     if isinstance(value, (list, tuple)):
         return value
     unordered = isinstance(value, (str, bytes, Mapping, set, frozenset)) or not isinstance(value, Iterable)
-    items = None if unordered else _values(value) if hasattr(value, "ndim") else list(value)
+    items = None if unordered else values_of(value) if hasattr(value, "ndim") else list(value)
     if not isinstance(items, list):
-        raise TypeError(f"{argument} must be {rule}, got {_shown(value)}")
+        raise TypeError(f"{argument} must be {rule}, got {shown(value)}")
     return items
 
 
@@ -370,48 +370,12 @@ def _sequence(argument: str, value: Any, rule: str) -> Sequence[Any]:
     return _items(argument, list(value) if indexed else value, rule)
 
 
-def _integer(value: Any) -> int | None:
-    if type(value) is int or isinstance(value, torch.SymInt):
-        return value  # type: ignore[return-value]
-    if isinstance(value, bool):
-        return None
-    if hasattr(value, "ndim"):
-        return _integer(_values(value))
-    return operator.index(value) if hasattr(type(value), "__index__") else None
-
-
 def _number(argument: str, value: Any) -> float:
     if isinstance(value, float):
         return float(value)
     plain = value
     if not isinstance(value, (int, torch.SymInt, torch.SymFloat)) and hasattr(value, "ndim"):
-        plain = _values(value)
+        plain = values_of(value)
     if isinstance(plain, bool) or not hasattr(type(plain), "__float__"):
-        raise TypeError(f"{argument} must be a number, got {_shown(value)}")
+        raise TypeError(f"{argument} must be a number, got {shown(value)}")
     return float(plain)
-
-
-def _values(array: Any) -> Any:
-    """The numbers of an array or a tensor in Python's lists, or its one number if it has no axes."""
-    try:
-        return array.tolist() if array.ndim else array.item()  # the compiler knows only this for a float
-    except RuntimeError:  # a tensor that has no numbers, or not in a row: meta, sparse, nested
-        return None
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, str):
-        return f"the string {value!r}"
-    short = isinstance(value, (int, float, complex, list, tuple, type(None)))
-    return repr(value) if short else type(value).__name__
-
-
-def _layout(t: Tensor) -> str:
-    return "a nested tensor" if t.is_nested else f"layout {t.layout}"
-
-
-def _conversion(t: Tensor) -> str:
-    """How to make a tensor floating point, where that is a matter of one call."""
-    if t.is_quantized:
-        return "; convert it with .dequantize()"
-    return "" if t.is_complex() else "; convert it with .float()"

@@ -12,22 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .geometry import AT, CHANNEL_STEP, COLUMN_STEP, HEIGHT, IMAGE_STEP, MAP_COLUMNS, ROW_STEP, WIDTH, ZERO
 from .jit import c_kernel, kernel, part
 from .jobs import scratch_in, unpack
 from .lanes import ADD, AHEAD, REPLACE, Scratch, combine, from_block, to_block, zero_cells
 from .simd import LANES, fetch_add, get, load_one, put, size_of, store_one
-from .tables import (
-    AT,
-    CHANNEL_STEP,
-    COLUMN_STEP,
-    HEIGHT,
-    IMAGE_STEP,
-    MAP_COLUMNS,
-    ROW_STEP,
-    WIDTH,
-    ZERO,
-    AxisAt,
-)
+from .tables import AxisAt
 
 # The columns of `tasks`: the map, its first RoI and last in the tables, the first channel, a strip of columns
 # of the map, and the rows of the ring. Where the RoIs come in several tables, a ring of its own keeps what is

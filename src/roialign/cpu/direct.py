@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .geometry import AT, COLUMN_STEP, HEIGHT, IMAGE_STEP, MAP_COLUMNS, ONE, ROW_STEP, WIDTH, ZERO
 from .jit import c_kernel, part
 from .jobs import scratch_in, unpack
 from .lanes import Scratch
@@ -26,7 +27,7 @@ from .simd import (
     store_one,
     zeros,
 )
-from .tables import AT, COLUMN_STEP, HEIGHT, IMAGE_STEP, MAP_COLUMNS, ONE, ROW_STEP, WIDTH, ZERO, AxisAt
+from .tables import AxisAt
 
 ROIS = np.int64(8)  # in a task
 CELLS = np.int64(2**10)  # of a row of bins that are listed at once; a sum of many such sums is more exact

@@ -8,6 +8,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .geometry import (
+    AT,
+    CHANNEL_STEP,
+    COLUMN_STEP,
+    HEIGHT,
+    IMAGE_STEP,
+    MAP_COLUMNS,
+    ONE,
+    ROW_STEP,
+    WIDTH,
+    ZERO,
+)
 from .jit import c_kernel, kernel, part
 from .jobs import scratch_in, unpack
 from .lanes import (
@@ -21,19 +33,7 @@ from .lanes import (
 )
 from .machine import add
 from .simd import LANES, fetch_add, get, prefetch_write, put, size_of
-from .tables import (
-    AT,
-    CHANNEL_STEP,
-    COLUMN_STEP,
-    HEIGHT,
-    IMAGE_STEP,
-    MAP_COLUMNS,
-    ONE,
-    ROW_STEP,
-    WIDTH,
-    ZERO,
-    AxisAt,
-)
+from .tables import AxisAt
 
 # The columns of `groups`: its RoIs, the columns of the map they need, and rows that are kept.
 START, STOP, LEFT, SPAN, RING = np.arange(5)

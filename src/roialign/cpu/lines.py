@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .geometry import CHANNEL_STEP, COLUMN_STEP, ONE, WIDTH, ZERO
 from .jit import part
 from .jobs import lay
 from .lanes import TILE, zero_cells, zero_run
 from .simd import LANES, get, load_one, put, size_of, store_one, transpose8
-from .tables import CHANNEL_STEP, COLUMN_STEP, ONE, WIDTH, ZERO, AxisAt
+from .tables import AxisAt
 
 AT_ONCE = np.int64(4)  # blocks that are summed with one look at the taps
 FEW = np.int64(2**10)  # taps of a RoI, the most of those that are listed

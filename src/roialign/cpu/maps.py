@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ..layout import normal_strides
-from . import tables
+from . import geometry
 
 
 class Maps(NamedTuple):
     """The maps of a call, and where the rows of each begin if all are counted through, image by image."""
 
-    rows: "array[int]"  # of numbers; see `tables.AT` and on
+    rows: "array[int]"  # of numbers; see `geometry.AT` and on
     first: "array[int]"  # N * L + 1
     images: int
     heights: tuple[int, ...]
@@ -47,7 +47,7 @@ def describe_maps(features: Sequence[Tensor], layouts: tuple[Layout, ...], mine:
     maps = _maps(layouts, mine)
     rows = maps.rows[:]
     for i, feature in enumerate(features):
-        rows[i * int(tables.MAP_COLUMNS)] = feature.data_ptr()
+        rows[i * int(geometry.MAP_COLUMNS)] = feature.data_ptr()
     return maps._replace(rows=rows)
 
 
@@ -85,14 +85,14 @@ def at(numbers: "array[Any]") -> int:
     return numbers.buffer_info()[0]
 
 
-def pose(rois: Tensor, levels: Tensor | None, maps: Maps, pooling: Any) -> tuple[tables.Problem, object]:
+def pose(rois: Tensor, levels: Tensor | None, maps: Maps, pooling: Any) -> tuple[geometry.Problem, object]:
     """What the kernels are told of the RoIs, and what owns the constants in it."""
     size, scales, ratio, aligned, thresholds, order = pooling
     constants = own_scales, own_thresholds, own_order = _constants(
         tuple(scales), tuple(thresholds), tuple(order), rois.dtype
     )
     # All of them integers, as in a job: else parts are compiled for both.
-    problem = tables.Problem(
+    problem = geometry.Problem(
         rois.data_ptr(), 0 if levels is None else levels.data_ptr(), len(maps.mine), maps.images,
         at(maps.rows), at(own_scales), at(own_thresholds), at(own_order),
         len(thresholds), size[0], size[1], ratio, int(aligned),

@@ -11,6 +11,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .geometry import (
+    AT,
+    CHANNEL_STEP,
+    COLUMN_STEP,
+    HEIGHT,
+    IMAGE_STEP,
+    MAP_COLUMNS,
+    MINE,
+    ONE,
+    ROW_STEP,
+    WIDTH,
+    ZERO,
+    Problem,
+    home_of,
+)
 from .jit import c_kernel, part
 from .jobs import scratch_in, unpack
 from .lanes import REPLACE, combine, copy_run
@@ -28,22 +43,7 @@ from .lines import (
 )
 from .points import pool_points
 from .simd import LANES, fetch_add, fma_one, get, load_one, put, size_of, store_one
-from .tables import (
-    AT,
-    CHANNEL_STEP,
-    COLUMN_STEP,
-    HEIGHT,
-    IMAGE_STEP,
-    MAP_COLUMNS,
-    MINE,
-    ONE,
-    ROW_STEP,
-    WIDTH,
-    ZERO,
-    Problem,
-    fill_axis,
-    home_of,
-)
+from .tables import fill_axis
 
 WORTH_A_TASK = 50_000  # numbers read, which laying the tables of a RoI anew must be worth
 

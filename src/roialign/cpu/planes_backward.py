@@ -12,6 +12,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from .geometry import (
+    AT,
+    CHANNEL_STEP,
+    COLUMN_STEP,
+    HEIGHT,
+    IMAGE_STEP,
+    MAP_COLUMNS,
+    ONE,
+    ROW_STEP,
+    WIDTH,
+    ZERO,
+    Problem,
+)
 from .jit import c_kernel, part
 from .jobs import scratch_in, unpack
 from .lanes import copy_run, spread, zero_cells, zero_run
@@ -29,20 +42,7 @@ from .lines import (
     whole_windows,
 )
 from .simd import LANES, fetch_add, get, load_one, put, size_of, store_one
-from .tables import (
-    AT,
-    CHANNEL_STEP,
-    COLUMN_STEP,
-    HEIGHT,
-    IMAGE_STEP,
-    MAP_COLUMNS,
-    ONE,
-    ROW_STEP,
-    WIDTH,
-    ZERO,
-    Problem,
-    fill_axis,
-)
+from .tables import fill_axis
 
 # The columns of the tasks: the map, its RoIs in their order, channels and rows of the map.
 MAP, START, STOP, CHANNEL, CHANNEL_STOP, TOP, BOTTOM = np.arange(7)

@@ -8,11 +8,7 @@ they come: it adds what they give to its own rows, and so no order of sums hangs
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .jit import c_kernel, part
-from .jobs import scratch_in, unpack
-from .lanes import zero_run
-from .simd import LANES, fetch_add, get, load_one, put, size_of, store_one
-from .tables import (
+from .geometry import (
     AT,
     CHANNEL_STEP,
     COLUMN_STEP,
@@ -24,13 +20,17 @@ from .tables import (
     ROW_STEP,
     WIDTH,
     ZERO,
-    AxisAt,
     Problem,
     extent_of,
     home_of,
     low_cell,
     span_of,
 )
+from .jit import c_kernel, part
+from .jobs import scratch_in, unpack
+from .lanes import zero_run
+from .simd import LANES, fetch_add, get, load_one, put, size_of, store_one
+from .tables import AxisAt
 
 MOST = 16  # points of a RoI, from where on tables are faster with as few as three channels
 

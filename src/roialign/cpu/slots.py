@@ -12,6 +12,7 @@ takes none. The memory is never freed.
 
 import numpy as np
 
+from .geometry import ONE, ZERO
 from .jit import c_kernel, kernel_without_gil, part
 from .machine import (
     SEMAPHORE_BYTES,
@@ -29,7 +30,6 @@ from .machine import (
     write,
 )
 from .simd import get, put
-from .tables import ONE, ZERO
 
 SLOTS = np.int64(64)  # jobs at a time; another one's caller works alone
 SPINS = np.int64(1000)  # a helper at its last task is waited for awake so long: some ten microseconds

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..schema import Pooling
-from . import backward, tables
+from . import backward, geometry, tables
 from .maps import Maps, at, pose
 from .memory import Arena
 
@@ -13,7 +13,7 @@ from .memory import Arena
 class Survey(NamedTuple):
     """All RoIs in order, and what is known of them before there are tables. Arrays are named by address."""
 
-    problem: tables.Problem
+    problem: geometry.Problem
     tag: Any  # a number of the working precision
     order: int  # (K,) first those that are to be done
     done: int  # how many are to be done
@@ -69,7 +69,7 @@ def fill_tables(survey: Survey, lo: int, stop: int, maps: Maps, room: int, arena
     return Tables(ys, xs, homes, n, y_taps + x_taps, *most)
 
 
-def most_taps(problem: tables.Problem, tag: Any, order: int, n: int, pooling: Pooling) -> tuple[int, int]:
+def most_taps(problem: geometry.Problem, tag: Any, order: int, n: int, pooling: Pooling) -> tuple[int, int]:
     """Room for the most taps that one of some RoIs has along y and x; see `tables.most_taps`."""
     if pooling.sampling_ratio <= 0:
         y_taps, x_taps = tables.most_taps(tag, problem, order, n)
