@@ -11,11 +11,18 @@ WORDS = tl.constexpr(4)  # that are written at once
 
 
 @triton.jit
+def _level_of(i, firsts):
+    """The level that something belongs to, or each of a vector, given the first of every level."""
+    level = i * 0
+    for j in tl.static_range(1, len(firsts)):
+        level = tl.where(i >= whole(firsts[j]), j, level)
+    return level
+
+
+@triton.jit
 def _tile(tile, first_tiles, heights, widths, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
     """Level, image, first row and first column of a tile, or of a vector of them."""
-    level = tile * 0
-    for i in tl.static_range(1, len(first_tiles)):
-        level = tl.where(tile >= whole(first_tiles[i]), i, level)
+    level = _level_of(tile, first_tiles)
     rows = (whole_of(heights, level) + TILE_Y - 1).to(tl.int32) // TILE_Y
     columns = (whole_of(widths, level) + TILE_X - 1).to(tl.int32) // TILE_X
     index = tile - whole_of(first_tiles, level).to(tl.int32)
@@ -161,16 +168,10 @@ def _add_roi(
     return total
 
 
-@triton.jit
-def _rounded_up(size):
-    """See `engine._rounded_up`."""
-    return (size + 15) // 16 * 16
-
-
 @triton.jit(do_not_specialize=["units", "row_length", "length", "height", "words", "channels"])
 def backward(
     grads, image_strides, channel_strides, row_strides, column_strides, heights, widths,
-    sums, first_sums, sizes, parts, first_units, units, first_tiles,
+    sums, first_sums, steps, parts, first_units, units, first_tiles,
     grad, rows, row_length, numbers, length, height, summary, mask, words, channels,
     MINE: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr, MULTIPLE: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -185,9 +186,7 @@ def backward(
     dtype: tl.constexpr = numbers.dtype.element_ty
     program = tl.program_id(0)
     unit, block = units - 1 - program % units, program // units  # coarse maps first: they take longest
-    level = unit * 0
-    for i in tl.static_range(1, len(first_units)):
-        level = tl.where(unit >= whole(first_units[i]), i, level)
+    level = _level_of(unit, first_units)
     if (MINE >> level) & 1 == 0:
         return
     n_parts = whole_of(parts, level).to(tl.int32)
@@ -235,7 +234,7 @@ def backward(
             result = total[i].to(grads[0].dtype.element_ty)
             tl.store(to + i * row_stride, result, inside & (i < rows_left))
     else:
-        first = whole_of(first_sums, level) + part * _rounded_up(whole_of(sizes, level))
+        first = whole_of(first_sums, level) + part * whole_of(steps, level)
         own = sums + multiple(first, MULTIPLE) + at
         for i in tl.static_range(TILE_Y):
             tl.store(own + i * row_stride, total[i], inside & (i < rows_left))
@@ -243,19 +242,17 @@ def backward(
 
 @triton.jit
 def add_up(
-    grads, sums, first_sums, sizes, parts, first_blocks, MINE: tl.constexpr, BLOCK: tl.constexpr
+    grads, sums, first_sums, steps, parts, sizes, first_blocks, MINE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The sums of the parts, in their order, of those maps that have several. These lie without gaps."""
     program = tl.program_id(0)
-    level = program * 0
-    for i in tl.static_range(1, len(first_blocks)):
-        level = tl.where(program >= whole(first_blocks[i]), i, level)
+    level = _level_of(program, first_blocks)
     if (MINE >> level) & 1 == 0:
         return
-    size = whole_of(sizes, level)
+    size, step = whole_of(sizes, level), whole_of(steps, level)
     at = (program - whole_of(first_blocks, level)) * BLOCK + tl.arange(0, BLOCK)
     here = at < size
     total = tl.zeros((BLOCK,), sums.dtype.element_ty)
     for part in range(whole_of(parts, level)):
-        total += tl.load(sums + whole_of(first_sums, level) + part * _rounded_up(size) + at, here, 0)
+        total += tl.load(sums + whole_of(first_sums, level) + part * step + at, here, 0)
     tl.store(pointer_of(grads, level) + at, total.to(grads[0].dtype.element_ty), here)

@@ -210,7 +210,7 @@ def _scatter(
     words = math.ceil(count / _WARP)
     summaries = math.ceil(words / _WARP)
     mask, summary = (rois.new_empty(cut.tiles, n, dtype=torch.int32) for n in (words, summaries))
-    tables = rows, rows.shape[1], numbers, numbers.shape[1], max(g.shape[2] for g in grads)
+    tables = rows, rows.shape[1], numbers, numbers.shape[1], _largest(grads)[0]
     constants = {"BINS_Y": bins[0], "BINS_X": bins[1], "TILE_Y": _TILE_Y, "TILE_X": _TILE_X}
     turn = not grad.is_contiguous(memory_format=torch.channels_last)
     turned = torch.empty_like(grad, memory_format=torch.channels_last) if turn else grad
@@ -221,7 +221,7 @@ def _scatter(
         if turn:
             programs += count * math.ceil(math.prod(bins) / block_bins) * math.ceil(channels / _WARP)
         backward_kernels.prepare[(programs,)](
-            *tables, max(g.shape[3] for g in grads), summary, mask, cut.first_tiles, cut.tiles, words,
+            *tables, _largest(grads)[1], summary, mask, cut.first_tiles, cut.tiles, words,
             heights, widths, rois, levels, count, len(grads[0]), rule.scales, rule.thresholds,
             turned, grad, tuple(map(plain, strides(grad))), channels,
             ORDER=rule.order, ALIGNED=pooling.aligned, RATIO=pooling.sampling_ratio, BLOCK_TILES=_TILES,
@@ -229,10 +229,11 @@ def _scatter(
             **constants, **{**_OPTIONS, "num_warps": 1}, **_registers(rois.device, rois.dtype, 168),
         )  # fmt: skip
     sizes = [g.numel() if n > 1 else 0 for g, n in zip(grads, cut.parts, strict=True)]
-    each = zip(cut.parts, sizes, strict=True)
-    ends = list(itertools.accumulate((n * _rounded_up(size) for n, size in each), initial=0))
+    steps = [math.ceil(size / _VECTOR) * _VECTOR for size in sizes]  # so that several can be read at once
+    each = zip(cut.parts, steps, strict=True)
+    ends = list(itertools.accumulate((n * step for n, step in each), initial=0))
     sums = numbers.new_empty(ends[-1])
-    places = sums, tuple(map(plain, ends[:-1])), tuple(map(plain, sizes)), tuple(map(plain, cut.parts))
+    places = sums, tuple(map(plain, ends[:-1])), tuple(map(plain, steps)), tuple(map(plain, cut.parts))
     for kind in _kinds(grads):
         backward_kernels.backward[(cut.units * blocks,)](
             *_describe(kind.maps), *places, cut.first_units, cut.units, cut.first_tiles,
@@ -244,14 +245,9 @@ def _scatter(
         if ends[-1]:
             first_blocks = list(itertools.accumulate((math.ceil(n / _BLOCK) for n in sizes), initial=0))
             backward_kernels.add_up[(first_blocks[-1],)](
-                kind.maps, *places, tuple(map(plain, first_blocks[:-1])), MINE=kind.mine, BLOCK=_BLOCK,
-                **_OPTIONS,
+                kind.maps, *places, tuple(map(plain, sizes)), tuple(map(plain, first_blocks[:-1])),
+                MINE=kind.mine, BLOCK=_BLOCK, **_OPTIONS,
             )  # fmt: skip
-
-
-def _rounded_up(size: int) -> int:
-    """Of a part of a map, so that each begins where several numbers can be read at once."""
-    return math.ceil(size / _VECTOR) * _VECTOR
 
 
 class Cut(NamedTuple):
