@@ -200,7 +200,9 @@ TAKEN = {
         "sparse tensor of rank 0": 2,
     },
     "canonical_level": {"minus one": -1, "zero": 0},
-    "scales": dict.fromkeys(PAIRS, (2, 3)) | dict.fromkeys(PAIRS_OF_FLOATS, (0.5, 0.25)),
+    "scales": dict.fromkeys(PAIRS, (2, 3))
+    | dict.fromkeys(PAIRS_OF_FLOATS, (0.5, 0.25))
+    | {"nested list": [(1, 2), (3, 4)]},  # of each map one for each axis
     "featmap_names": dict.fromkeys(("keys", "generator", "array of strings"), ("a", "b")),
     "boxes": {"empty list": [], "tensor of rank 3": list(torch.zeros(2, 3, 4))},
     "image_shapes": {"array of rank 2": [(64, 64)], "nested list": [(1, 2), (3, 4)]},
@@ -212,6 +214,11 @@ TAKEN["canonical_scale"] = TAKEN["spatial_scale"]
 TAKEN["k_min"] = TAKEN["sampling_ratio"]
 TAKEN["k_max"] = dict.fromkeys(("NumPy integer", "array of rank 0", "tensor of rank 0"), 2)
 TAKEN["eps"] = TAKEN["canonical_level"]
+TAKEN["spatial_scale"] = (
+    TAKEN["spatial_scale"]
+    | dict.fromkeys(PAIRS, (2, 3))
+    | dict.fromkeys(("pair of floats", "floating tensor of rank 1"), (0.5, 0.25))
+)
 TAKEN["boxlists"] = {"empty list": []}
 TAKEN_BY = {
     "MultiScaleRoIAlign": {"scales": {"None": None}},

@@ -60,12 +60,12 @@ MULTISCALE = [
     (
         {"features": [feature(3, 16, 16)] * 2},
         ValueError,
-        "features[0] must have shape (N, C, H, W), got (3, 16, 16)",
+        "boxes[0] must have shape (L, 2) for features of shape (3, 16, 16), got (1, 4)",
     ),
     (
         {"features": [feature(), feature(2, 3, 0, 8)]},
         ValueError,
-        "features[1] must have at least one row and one column, got (2, 3, 0, 8)",
+        "features[1] must have at least one cell along each axis, got (2, 3, 0, 8)",
     ),
     (
         {"features": [feature(), feature(2, 4, 8, 8)]},
@@ -167,7 +167,11 @@ MULTISCALE = [
 
 SINGLE = [
     ({"input": [feature()]}, TypeError, "input must be a tensor, got list"),
-    ({"input": feature(3, 16, 16)}, ValueError, "input must have shape (N, C, H, W), got (3, 16, 16)"),
+    (
+        {"input": feature(3, 16, 16)},
+        ValueError,
+        "boxes[0] must have shape (L, 2) for an input of shape (3, 16, 16), got (1, 4)",
+    ),
     (
         {"input": feature(dtype=torch.int32)},
         TypeError,
@@ -189,7 +193,11 @@ SINGLE = [
     ),
     ({"boxes": BOXES * 2}, ValueError, "boxes must hold at most one tensor per image, got 4 for 2 images"),
     ({"spatial_scale": 0}, ValueError, "spatial_scale must be positive and finite, got 0.0"),
-    ({"spatial_scale": (0.25, 0.25)}, TypeError, "spatial_scale must be a number, got (0.25, 0.25)"),
+    (
+        {"spatial_scale": (0.25, 1, 1)},
+        ValueError,
+        "spatial_scale must be a number, or one for each of 2 axes, got (0.25, 1, 1)",
+    ),
     ({"input": feature().to_mkldnn()}, TypeError, "input must be a dense tensor, got layout torch._mkldnn"),
     (
         {"boxes": torch.zeros(3, 5).to_sparse()},
@@ -211,7 +219,7 @@ MODULE = [
     (
         {"x": {"a": feature(), "b": feature(2, 8, 8)}},
         ValueError,
-        "x['b'] must have shape (N, C, H, W), got (2, 8, 8)",
+        "x['b'] must have the axes of x['a'], (2, 3, 16, 16), got (2, 8, 8)",
     ),
     (
         {"x": {"b": feature(2, 5, 8, 8), "a": feature()}},

@@ -86,6 +86,7 @@ def test_import_loads_torch_and_nothing_heavier(tmp_path):
             "rois",
             "schema",
             "taps",
+            "tensors",
             "values",
         ]
     }

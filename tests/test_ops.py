@@ -93,8 +93,8 @@ BAD_ARGUMENTS = {
     "rois in half": ({1: ROIS.half()}, "rois must have shape .* torch.float32"),
     "levels of int32": ({2: torch.zeros(10, dtype=torch.int32)}, r"levels must have shape \(K,\), int64"),
     "too few levels": ({2: torch.zeros(9, dtype=torch.int64)}, r"levels must have shape \(K,\)"),
-    "one bin size": ({3: (3,)}, "output_size must be two positive integers"),
-    "no bins": ({3: (0, 3)}, "output_size must be two positive integers"),
+    "one bin size": ({3: (3,)}, "output_size must be a positive integer per axis"),
+    "no bins": ({3: (0, 3)}, "output_size must be a positive integer per axis"),
     "too few scales": ({4: SCALES[:2]}, "scales must hold one number per map"),
     "an unknown rule": ({5: -2}, "sampling_ratio must be 0 or more"),
     "a map beyond the last": ({8: [0, 1, 3]}, "order must hold a map"),
@@ -136,9 +136,9 @@ def test_the_operator_trusts_no_argument(case):
 def test_boxes_on_another_device_are_refused():
     """As a CPU's are beside maps on a GPU; with "meta" for either, PyTorch itself asks for no values."""
     with pytest.raises(ValueError, match=r"rois must have shape .* and device meta, got .* 'cpu'"):
-        ops._check_rois(ROIS, None, [torch.float32], torch.device("meta"))
+        ops._check_rois(ROIS, None, [torch.float32], 2, torch.device("meta"))
     with pytest.raises(ValueError, match=r"levels must have shape .* and device cpu, got .* 'meta'"):
-        ops._check_rois(ROIS, torch.zeros(10, dtype=torch.int64).to("meta"), [torch.float32], ROIS.device)
+        ops._check_rois(ROIS, torch.zeros(10, dtype=torch.int64).to("meta"), [torch.float32], 2, ROIS.device)
 
 
 @pytest.mark.parametrize("case", BAD_BACKWARD)

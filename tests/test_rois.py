@@ -28,7 +28,7 @@ def test_working_dtype(dtypes, expected):
 )
 def test_rows_are_image_and_box(counts, images, dtype):
     boxes = [torch.arange(4 * n).view(n, 4).to(dtype) for n in counts]
-    rois = boxes_to_rois(boxes, torch.empty(0), torch.float32)
+    rois = boxes_to_rois(boxes, torch.empty(1, 1, 1, 1), torch.float32)
     assert rois.shape == (sum(counts), 5)
     assert rois.dtype == torch.float32
     assert rois[:, 0].tolist() == images
@@ -38,10 +38,10 @@ def test_rows_are_image_and_box(counts, images, dtype):
 def test_image_index_is_exact_beside_bfloat16_boxes():
     """bfloat16 counts to 256: rounded to it, image 257 would read image 256."""
     boxes = [torch.ones(1, 4, dtype=torch.bfloat16)] * 300
-    assert boxes_to_rois(boxes, torch.empty(0), torch.float32)[:, 0].tolist() == list(range(300))
+    assert boxes_to_rois(boxes, torch.empty(1, 1, 1, 1), torch.float32)[:, 0].tolist() == list(range(300))
 
 
 def test_rows_do_not_share_memory_with_boxes():
     boxes = torch.zeros(2, 4)
-    boxes_to_rois([boxes], torch.empty(0), torch.float32).fill_(1)
+    boxes_to_rois([boxes], torch.empty(1, 1, 1, 1), torch.float32).fill_(1)
     assert boxes.eq(0).all()

@@ -1,14 +1,17 @@
 """The gradients of both operators, of any kind: one pair of functions, each the adjoint of the other.
 
 Pooling is linear in the features. So the derivative of either operator is itself, its gradient is the other,
-and no feature map is kept. A batch of feature sets with the same boxes is pooled as more channels; with
-boxes of their own, as more images.
+and no feature map is kept, unless boxes have gradients. A batch of feature sets with the same boxes is pooled
+as more channels; with boxes of their own, as more images.
+
+Where boxes have gradients, these are poolings too, one for each column of the rois, with derivatives for the
+weights of the taps. So what holds of the features holds of them; but in the boxes they have none again.
 
 The functions serve eager mode and compilers under the Autograd key, and `torch.func` before its transforms
 take an operator apart, since there an `autograd.Function` has rules of its own for each of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +36,7 @@ class _Pool(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None = None) -> None:
         ctx.pooling, rois, levels, *features = inputs
-        _save(ctx, rois, levels)
+        _save(ctx, rois, levels, *(features if ctx.pooling.box_gradients else ()))
         ctx.maps = Maps(
             [*features[0].shape[:2], *(size for f in features for size in f.shape[2:])],
             [DTYPES.index(f.dtype) for f in features],
@@ -42,17 +45,27 @@ class _Pool(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, scatter: Any = schema.scatter) -> tuple[Any, ...]:
+        grads: Sequence[Tensor | None] = (None,) * len(ctx.maps.dtypes)
         if grad is None:
-            return (None,) * (3 + len(ctx.maps.dtypes))
-        rois, levels = ctx.saved_tensors
-        grads = scatter(grad, rois, levels, ctx.maps, ctx.pooling)
-        return None, None, None, *grads
+            return None, None, None, *grads
+        rois, levels, *features = ctx.saved_tensors
+        _, of_rois, _, *of_features = ctx.needs_input_grad
+        if any(of_features):
+            grads = scatter(grad, rois, levels, ctx.maps, ctx.pooling)
+        boxes = _of_boxes(features, grad, rois, levels, ctx.pooling) if of_rois else None
+        return None, boxes, None, *grads
 
     @staticmethod
     def jvp(ctx: Any, _pooling: Any, rois_tangent: Any, _levels: Any, *tangents: Any) -> Any:
-        _refuse(rois_tangent)
-        rois, levels = ctx.saved_tensors
-        return schema.pool(_filled(tangents, ctx.maps), rois, levels, ctx.pooling)
+        rois, levels, *features = ctx.saved_tensors
+        moved = []
+        if rois_tangent is not None:
+            for column, pooling in _columns(rois, ctx.pooling):
+                slope = schema.pool(features, rois, levels, pooling)
+                moved.append(slope * _per_roi(rois_tangent[:, column], slope))
+        if any(t is not None for t in tangents):
+            moved.append(schema.pool(_filled(tangents, ctx.maps), rois, levels, ctx.pooling))
+        return sum(moved[1:], moved[0])
 
     @staticmethod
     def vmap(
@@ -77,6 +90,31 @@ class _Pool(Function):
         return _split(out, 0, size), 0
 
 
+class _Once(Function):
+    """The rois of a derivative, which are differentiated in them already.
+
+    A function of its own: autograd passes it by where nobody asks for what is behind it.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rois: Tensor) -> Tensor:
+        return rois.view_as(rois)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise NotImplementedError("box_gradients have no second derivative in the boxes")
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return _Once.backward(ctx, tangent)
+
+
 class _Scatter(Function):
     """The adjoint of `_Pool`: gradients of pooled features to those of the features."""
 
@@ -89,21 +127,31 @@ class _Scatter(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.maps, ctx.pooling, _grad, rois, levels = inputs
-        _save(ctx, rois, levels)
+        ctx.maps, ctx.pooling, grad, rois, levels = inputs
+        _save(ctx, rois, levels, *([grad] if ctx.pooling.box_gradients else ()))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if all(grad is None for grad in grads):
             return (None,) * 5
-        rois, levels = ctx.saved_tensors
-        return None, None, schema.pool(_filled(grads, ctx.maps), rois, levels, ctx.pooling), None, None
+        rois, levels, *saved = ctx.saved_tensors
+        values = _filled(grads, ctx.maps)
+        _, _, of_grad, of_rois, _ = ctx.needs_input_grad
+        pooled = schema.pool(values, rois, levels, ctx.pooling) if of_grad else None
+        boxes = _of_boxes(values, saved[0], rois, levels, ctx.pooling) if of_rois and saved else None
+        return None, None, pooled, boxes, None
 
     @staticmethod
     def jvp(ctx: Any, _maps: Any, _pooling: Any, tangent: Any, rois_tangent: Any, _levels: Any) -> Any:
-        _refuse(rois_tangent)
-        rois, levels = ctx.saved_tensors
-        return tuple(schema.scatter(tangent, rois, levels, ctx.maps, ctx.pooling))
+        rois, levels, *saved = ctx.saved_tensors
+        moved = []
+        if rois_tangent is not None:
+            for column, pooling in _columns(rois, ctx.pooling):
+                share = saved[0] * _per_roi(rois_tangent[:, column], saved[0])
+                moved.append(schema.scatter(share, rois, levels, ctx.maps, pooling))
+        if tangent is not None:
+            moved.append(schema.scatter(tangent, rois, levels, ctx.maps, ctx.pooling))
+        return tuple(sum(parts[1:], parts[0]) for parts in zip(*moved, strict=True))
 
     @staticmethod
     def vmap(
@@ -136,11 +184,18 @@ def register() -> None:
 
 
 def _of_pool(features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    return Pooling(*rest), rois, levels, *features
+    pooling = Pooling(*rest)
+    return pooling, _at_most_once(rois, pooling), levels, *features
 
 
 def _of_scatter(grad: Tensor, rois: Tensor, levels: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    return Maps(*rest[:3]), Pooling(*rest[3:]), grad, rois, levels
+    maps, pooling = Maps(*rest[:3]), Pooling(*rest[3:])
+    return maps, pooling, grad, _at_most_once(rois, pooling), levels
+
+
+def _at_most_once(rois: Tensor, pooling: Pooling) -> Tensor:
+    differentiable = pooling.derivative and pooling.box_gradients
+    return _Once.apply(rois) if differentiable else rois
 
 
 def _register(
@@ -216,11 +271,11 @@ class _Batch(NamedTuple):
     batch_size: int
 
 
-def _save(ctx: Any, rois: Tensor, levels: Tensor | None) -> None:
-    # A tangent that is missing must not look like one that is zero: boxes have none.
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    # A tangent that is missing must not look like one that is zero: boxes may not have any.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(rois, levels)
-    ctx.save_for_forward(rois, levels)
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
 
 
 def _filled(tensors: Sequence[Tensor | None], maps: Maps) -> list[Tensor]:
@@ -232,9 +287,34 @@ def _filled(tensors: Sequence[Tensor | None], maps: Maps) -> list[Tensor]:
     ]
 
 
-def _refuse(rois_tangent: Any) -> None:
-    if rois_tangent is not None:
-        raise NotImplementedError("boxes must not carry a tangent: pooling has no derivative in the boxes")
+def _of_boxes(
+    values: Sequence[Tensor], grad: Tensor, rois: Tensor, levels: Tensor | None, pooling: Pooling
+) -> Tensor | None:
+    """The gradient of the rois, given that of the pooled values; the index of the image has none."""
+    if not pooling.box_gradients:
+        return None
+    if pooling.derivative:
+        return torch.zeros_like(rois)  # which nobody sees: it goes to `_Once`
+    gradient = [torch.zeros_like(rois[:, 0])]
+    for _, derivative in _columns(rois, pooling):
+        slope = schema.pool(values, rois, levels, derivative)
+        gradient.append((slope.to(rois.dtype) * grad.to(rois.dtype)).flatten(1).sum(1))
+    return torch.stack(gradient, 1)
+
+
+def _columns(rois: Tensor, pooling: Pooling) -> Iterator[tuple[int, Pooling]]:
+    """The columns that boxes have in the rois, each with the pooling of its derivative."""
+    if not pooling.box_gradients:
+        raise NotImplementedError(
+            "boxes must not carry a tangent: pooling has no derivative in the boxes without box_gradients"
+        )
+    for column in range(1, rois.shape[1]):
+        yield column, pooling._replace(derivative=column)
+
+
+def _per_roi(number: Tensor, like: Tensor) -> Tensor:
+    """One number per RoI, to be multiplied with what is pooled."""
+    return number.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
 def _batch(t: Tensor, dim: int | None, size: int, place: int) -> Tensor:

@@ -28,11 +28,23 @@ def strides(t: Tensor) -> tuple[int, int, int, int]:
 
 def is_channels_last(t: Tensor) -> bool:
     """Whether channels lie innermost. A tensor that is also contiguous counts as contiguous."""
-    _, channels, height, width = t.shape
-    return bool(channels > 1 and t.stride(1) == 1 and (height > 1 or width > 1))
+    _, channels, *size = t.shape
+    return bool(channels > 1 and t.stride(1) == 1 and max(size) > 1)
+
+
+def memory_format(axes: int, channels_last: bool) -> torch.memory_format:
+    """PyTorch's name for how maps of two or three axes lie."""
+    if not channels_last:
+        return torch.contiguous_format
+    return torch.channels_last if axes == 2 else torch.channels_last_3d
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, channels_last: bool) -> Tensor:
-    """A tensor `(N, C, H, W)` to be filled. Every engine may have its own way to get memory."""
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
+    """A map or a volume to be filled. Every engine may have its own way to get memory."""
+    how = memory_format(len(shape) - 2, channels_last)
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=how)
+
+
+def rows_of(t: Tensor) -> Tensor:
+    """A volume as a map `(N, C, D * H, W)`, a copy where strides ask for it; a map as it is."""
+    return t.flatten(2, 3) if t.dim() == 5 else t

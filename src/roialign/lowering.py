@@ -11,6 +11,8 @@ Scratch is the table, a copy of the maps, and the list of rows of each bin; it d
 that is looped over.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,11 +21,11 @@ import torch._higher_order_ops.while_loop  # puts it into torch.ops
 from torch import Tensor
 
 from . import schema
-from .layout import is_channels_last
+from .layout import is_channels_last, memory_format
 from .schema import DTYPES, Maps, Pooling
-from .taps import Pieces, Points, lay_points, taps_of
+from .taps import Pieces, Points, corners_of, lay_axes, product, taps_of
 
-_ONE_SUM = 4  # a fixed grid of up to so many points per axis is one sum
+_ONE_SUM = 64  # a fixed grid is one sum up to so many taps: of 4 x 4 points, or 2 x 2 x 2
 _BLOCK = 2  # of a larger grid, points per axis in each turn of the loop
 
 aten = torch.ops.aten
@@ -32,8 +34,7 @@ aten = torch.ops.aten
 class Layout(NamedTuple):
     """Where every RoI lies."""
 
-    ys: Points | Pieces
-    xs: Points | Pieces
+    axes: Sequence[Points | Pieces]  # in the order of the axes of a map
     first_row: Tensor  # (K,) int64, row of the table where the image of the RoI begins
     poolable: Tensor  # (K,) bool: finite box, existing image and level
 
@@ -51,9 +52,9 @@ def forward(features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, *re
     pooling = Pooling(*rest)
     first = features[0]
     images, channels = first.shape[:2]
-    layout = _lay_out(rois, levels, images, [(f.shape[2], f.shape[3]) for f in features], pooling)
+    layout = _lay_out(rois, levels, images, [f.shape[2:] for f in features], pooling)
     # Carried in the working precision: embedding_bag would round the weights to the precision of its table.
-    cells = [f.movedim(1, 3).reshape(-1, channels).to(rois.dtype) for f in features]
+    cells = [f.movedim(1, -1).reshape(-1, channels).to(rois.dtype) for f in features]
     table = torch.cat([rois.new_zeros((1, channels)), *cells])  # the first row is for points off the map
 
     def pool(row: Tensor, weight: Tensor, table: Tensor) -> Tensor:
@@ -63,11 +64,10 @@ def forward(features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, *re
         total: Tensor = bag(table, row.flatten(), start, False, 0, False, weight.flatten())[0]
         return total
 
-    height, width = pooling.output_size
-    bins = rois.shape[0] * height * width
-    total = _over_points(pool, layout, table, (bins, channels), pooling.sampling_ratio)
-    total = total.view(rois.shape[0], height, width, channels)
-    return _in_memory_format(total.to(first.dtype).movedim(3, 1), is_channels_last(first))
+    bins = rois.shape[0] * math.prod(pooling.output_size)
+    total = _over_points(pool, layout, table, (bins, channels), pooling)
+    total = total.view(rois.shape[0], *pooling.output_size, channels)
+    return _in_memory_format(total.to(first.dtype).movedim(-1, 1), is_channels_last(first))
 
 
 def backward(grad: Tensor, rois: Tensor, levels: Tensor | None, *rest: Any) -> list[Tensor]:
@@ -75,8 +75,8 @@ def backward(grad: Tensor, rois: Tensor, levels: Tensor | None, *rest: Any) -> l
     maps, pooling = Maps(*rest[:3]), Pooling(*rest[3:])
     images, channels = maps.shape[:2]
     layout = _lay_out(rois, levels, images, maps.sizes, pooling)
-    share = grad.movedim(1, 3).reshape(-1, channels).to(rois.dtype)
-    rows = [images * height * width for height, width in maps.sizes]
+    share = grad.movedim(1, -1).reshape(-1, channels).to(rois.dtype)
+    rows = [images * math.prod(size) for size in maps.sizes]
 
     def scatter(row: Tensor, weight: Tensor, share: Tensor) -> Tensor:
         bins, taps = row.shape
@@ -86,46 +86,41 @@ def backward(grad: Tensor, rois: Tensor, levels: Tensor | None, *rest: Any) -> l
         total: Tensor = aten._embedding_bag_dense_backward.default(*args)
         return total
 
-    total = _over_points(scatter, layout, share, (1 + sum(rows), channels), pooling.sampling_ratio)
+    total = _over_points(scatter, layout, share, (1 + sum(rows), channels), pooling)
     _off_the_map, *parts = torch.split(total, [1, *rows])
     return [
-        _in_memory_format(part.view(images, *size, channels).to(DTYPES[dtype]).movedim(3, 1), last)
+        _in_memory_format(part.view(images, *size, channels).to(DTYPES[dtype]).movedim(-1, 1), last)
         for part, size, dtype, last in zip(parts, maps.sizes, maps.dtypes, maps.channels_last, strict=True)
     ]
 
 
 def _in_memory_format(t: Tensor, channels_last: bool) -> Tensor:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     # A copy even where the strides would do: the strides of a single column or channel are ambiguous.
-    return t.clone(memory_format=memory_format)
+    return t.clone(memory_format=memory_format(t.dim() - 2, channels_last))
 
 
 def _lay_out(
-    rois: Tensor, level: Tensor | None, images: int, sizes: Sequence[tuple[int, int]], pooling: Pooling
+    rois: Tensor, level: Tensor | None, images: int, sizes: Sequence[Sequence[int]], pooling: Pooling
 ) -> Layout:
     """Lay each RoI on the map of its level."""
     if level is None:
         level = pooling.staircase.levels(rois[:, 1:])
-    heights, widths = ([size[axis] for size in sizes] for axis in (0, 1))
-    rows = [images * height * width for height, width in sizes]
+    rows = [images * math.prod(size) for size in sizes]
     # Of 1 cell where there is none: such a map has no RoIs that count, but 0 - 1 is no index.
-    height, width = (_of_level(level, extents).clamp(min=1) for extents in (heights, widths))
+    extents = [_of_level(level, extent).clamp(min=1) for extent in zip(*sizes, strict=True)]
+    scales = [
+        _of_level(level, of_axis, rois.dtype) for of_axis in zip(*pooling.scales_of(len(sizes)), strict=True)
+    ]
     start = _of_level(level, [1 + sum(rows[:i]) for i in range(len(rows))])
     image = rois[:, 0]
-    corners = rois[:, 1:] * _of_level(level, pooling.scales, rois.dtype)[:, None]
-    finite = corners.isfinite().all(1) & (corners[:, 2:] - corners[:, :2]).isfinite().all(1)
+    corners, finite = corners_of(rois, scales)
     exists = (image.trunc() >= 0) & (image < images) & (level >= 0) & (level < len(sizes))
     poolable = finite & exists
     # The others get some place on some map, which _taps replaces.
-    x1, y1, x2, y2 = torch.where(poolable[:, None], corners, 0.0).unbind(1)
+    corners = torch.where(poolable[:, None], corners, 0.0)
     image = torch.where(poolable, image, 0.0).long()
-    (pooled_height, pooled_width), ratio = pooling.output_size, pooling.sampling_ratio
-    return Layout(
-        lay_points(y1, y2, pooled_height, height, ratio, pooling.aligned),
-        lay_points(x1, x2, pooled_width, width, ratio, pooling.aligned),
-        start + image * height * width,
-        poolable,
-    )
+    first_row = start + image * math.prod(extents)
+    return Layout(lay_axes(corners, extents, scales, pooling), first_row, poolable)
 
 
 def _of_level(level: Tensor, values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
@@ -136,18 +131,19 @@ def _of_level(level: Tensor, values: Sequence[float], dtype: torch.dtype = torch
     return chosen
 
 
-def _taps(layout: Layout, start_y: Tensor | int, start_x: Tensor | int, side: int) -> tuple[Tensor, Tensor]:
-    """Rows of the table and their weights, for a block of points of each bin: `(K * PH * PW, taps)`."""
-    y, y_weight, y_touched = (t[:, :, None, :, None] for t in taps_of(layout.ys, start_y, side))
-    x, x_weight, x_touched = (t[:, None, :, None, :] for t in taps_of(layout.xs, start_x, side))
-    first_row, poolable = (t[:, None, None, None, None] for t in layout[2:])
-    row_length = layout.xs.extent[:, :, None, None, None]
-    counts = y_touched & x_touched & poolable
-    row = torch.where(counts, first_row + y * row_length + x, 0)
-    # A RoI that cannot be pooled weighs the row of zeros with NaN.
-    weight = torch.where(counts, y_weight * x_weight, torch.where(poolable, 0.0, torch.nan).to(y_weight))
-    taps = (2 * side) ** 2
-    return row.reshape(-1, taps), weight.reshape(-1, taps)
+def _taps(layout: Layout, starts: Sequence[Tensor | int], side: int, lost: float) -> tuple[Tensor, Tensor]:
+    """Rows of the table and their weights, for a block of points of each bin: `(K * bins, taps)`.
+
+    A RoI that cannot be pooled weighs the row of zeros with `lost`.
+    """
+    taps, *inner = (taps_of(axis, start, side) for axis, start in zip(layout.axes, starts, strict=True))
+    for axis, more in zip(layout.axes[1:], inner, strict=True):
+        taps = product(taps, more, axis.extent)
+    first_row, poolable = (t[:, None, None] for t in layout[1:])
+    counts = taps.touched & poolable
+    row = torch.where(counts, first_row + taps.cell, 0)
+    weight = torch.where(counts, taps.weight, torch.where(poolable, 0.0, lost).to(taps.weight))
+    return row.flatten(0, 1), weight.flatten(0, 1)
 
 
 def _over_points(
@@ -155,11 +151,13 @@ def _over_points(
     layout: Layout,
     values: Tensor,
     shape: tuple[int, int],  # of the sum
-    sampling_ratio: int,
+    pooling: Pooling,
 ) -> Tensor:
     """The sum over the sampling points of a bin: at once if few and known, else in a loop over blocks."""
-    if 0 < sampling_ratio <= _ONE_SUM:
-        return add(*_taps(layout, 0, 0, sampling_ratio), values)
+    lost = 0.0 if pooling.derivative else torch.nan
+    axes, ratio = len(layout.axes), pooling.sampling_ratio
+    if ratio > 0 and (2 * ratio) ** axes <= _ONE_SUM:
+        return add(*_taps(layout, [0] * axes, ratio, lost), values)
 
     def blocks(axis: Points | Pieces) -> Tensor:
         """At least 1, also when there is no RoI.
@@ -171,22 +169,30 @@ def _over_points(
         most = torch.cat((number, number.new_ones(1))).amax()
         return (most / _BLOCK).ceil().long()
 
-    wide = blocks(layout.xs)
-    turns = blocks(layout.ys) * wide
-    fields = (*layout.ys, *layout.xs, *layout[2:])
-    kind, axes = type(layout.ys), len(layout.ys)
+    counts = [blocks(axis) for axis in layout.axes]
+    # An axis has as many tensors as its kind has, less those that only a derivative has.
+    axes_fields = [[t for t in axis if t is not None] for axis in layout.axes]
+    kinds = [(type(axis), len(of_axis)) for axis, of_axis in zip(layout.axes, axes_fields, strict=True)]
+    fields = (*counts, *itertools.chain(*axes_fields), *layout[1:])
 
     def unfinished(turn: Tensor, total: Tensor, turns: Tensor, *_rest: Tensor) -> Tensor:
         return turn < turns
 
     def step(
-        turn: Tensor, total: Tensor, turns: Tensor, wide: Tensor, values: Tensor, *fields: Tensor
+        turn: Tensor, total: Tensor, turns: Tensor, values: Tensor, *fields: Tensor
     ) -> tuple[Tensor, Tensor]:
-        layout = Layout(kind(*fields[:axes]), kind(*fields[axes : 2 * axes]), *fields[2 * axes :])
-        taps = _taps(layout, turn // wide * _BLOCK, turn % wide * _BLOCK, _BLOCK)
-        return turn + 1, total + add(*taps, values)
+        given = iter(fields)
+        counts = list(itertools.islice(given, axes))
+        laid = [kind(*itertools.islice(given, n)) for kind, n in kinds]
+        starts: list[Tensor | int] = []
+        left = turn
+        for count in reversed(counts):  # the last axis is the innermost loop
+            starts.insert(0, left % count * _BLOCK)
+            left = left // count
+        return turn + 1, total + add(*_taps(Layout(laid, *given), starts, _BLOCK, lost), values)
 
     start = torch.zeros((), dtype=torch.int64, device=values.device), values.new_zeros(shape)
-    loop: Any = torch.ops.higher_order.while_loop(unfinished, step, start, (turns, wide, values, *fields))
+    rest = math.prod(counts[1:], start=counts[0]), values, *fields
+    loop: Any = torch.ops.higher_order.while_loop(unfinished, step, start, rest)
     result: Tensor = loop[1]
     return result

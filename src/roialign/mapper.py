@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import arguments
+from . import arguments, tensors
 from .levels import EPS, wanted_level
 
 
@@ -59,11 +59,11 @@ class LevelMapper:
             TypeError: no list of tensors of real numbers.
             ValueError: a tensor that is not `(L, 4)`, or on another device than the first.
         """
-        boxlists = list(arguments.check_boxlists(boxlists))
+        boxlists = list(tensors.check_boxlists(boxlists))
         if not boxlists:
             return torch.empty(0, dtype=torch.int64)
         x1, y1, x2, y2 = torch.cat([_at_least_float32(b) for b in boxlists]).unbind(1)
-        wanted = wanted_level((x2 - x1) * (y2 - y1), self.s0, self.lvl0, self.eps)
+        wanted = wanted_level(torch.sqrt((x2 - x1) * (y2 - y1)), self.s0, self.lvl0, self.eps)
         # A NaN, of a box that is turned inside out along one axis, stays at the finest.
         return wanted.nan_to_num(self.k_min).clamp(self.k_min, self.k_max).long() - self.k_min
 

@@ -91,22 +91,22 @@ def _check_features(features: Sequence[Tensor]) -> None:
     _require(len(features) > 0, "features must hold at least one map", lambda: 0)
     first = features[0]
     for f in features:
-        sound = f.dim() == 4 and f.shape[:2] == first.shape[:2] and f.shape[2] > 0 and f.shape[3] > 0
+        sound = f.dim() == first.dim() in (4, 5) and f.shape[:2] == first.shape[:2] and min(f.shape[2:]) > 0
         _require(
             sound and f.dtype in DTYPES and f.device == first.device,
-            "features must be non-empty maps (N, C, H, W) of one N, C and device, "
+            "features must be non-empty maps (N, C, H, W) or (N, C, D, H, W) of one N, C and device, "
             "of float32, float64, float16 or bfloat16",
             lambda: _shown(*features),
         )
 
 
 def _check_rois(
-    rois: Tensor, levels: Tensor | None, dtypes: Sequence[torch.dtype], device: torch.device
+    rois: Tensor, levels: Tensor | None, dtypes: Sequence[torch.dtype], axes: int, device: torch.device
 ) -> None:
-    working = torch.float64 if torch.float64 in dtypes else torch.float32
+    working, columns = torch.float64 if torch.float64 in dtypes else torch.float32, 1 + 2 * axes
     _require(
-        rois.dim() == 2 and rois.shape[1] == 5 and rois.dtype == working and rois.device == device,
-        f"rois must have shape (K, 5), {working} and device {device}",
+        rois.dim() == 2 and rois.shape[1] == columns and rois.dtype == working and rois.device == device,
+        f"rois must have shape (K, {columns}), {working} and device {device}",
         lambda: _shown(rois),
     )
     if levels is not None:
@@ -118,10 +118,15 @@ def _check_rois(
         )
 
 
-def _check_pooling(pooling: Pooling, maps: int) -> None:
-    size, scales, ratio, _, thresholds, order = pooling
-    _require(len(size) == 2 and min(size) > 0, "output_size must be two positive integers", lambda: size)
-    _require(len(scales) == maps, "scales must hold one number per map", lambda: scales)
+def _check_pooling(pooling: Pooling, maps: int, axes: int) -> None:
+    size, scales, ratio, _, thresholds, order, _, derivative = pooling
+    _require(
+        len(size) == axes and min(size) > 0, "output_size must be a positive integer per axis", lambda: size
+    )
+    _require(
+        len(scales) in (maps, maps * axes), "scales must hold one number per map, or per axis", lambda: scales
+    )
+    _require(0 <= derivative <= 2 * axes, "derivative must be 0 or a column of the rois", lambda: derivative)
     _require(ratio >= EXACT, "sampling_ratio must be 0 or more, or -1, which is exact", lambda: ratio)
     _require(
         len(order) == len(thresholds) + 1 and min(order) >= 0 and max(order) < maps,
@@ -133,25 +138,27 @@ def _check_pooling(pooling: Pooling, maps: int) -> None:
 def check(features: Sequence[Tensor], rois: Tensor, levels: Tensor | None, pooling: Pooling) -> None:
     """Raise an error about arguments that no engine can take."""
     _check_features(features)
-    _check_rois(rois, levels, [f.dtype for f in features], features[0].device)
-    _check_pooling(pooling, len(features))
+    axes = features[0].dim() - 2
+    _check_rois(rois, levels, [f.dtype for f in features], axes, features[0].device)
+    _check_pooling(pooling, len(features), axes)
 
 
 def _check_backward(grad: Tensor, rois: Tensor, levels: Tensor | None, maps: Maps, pooling: Pooling) -> None:
     shape, dtypes, channels_last = maps
-    n = len(dtypes)
+    n, axes = len(dtypes), len(pooling.output_size)
+    _require(axes in (2, 3), "output_size must be a positive integer per axis", lambda: pooling.output_size)
     _require(
-        n > 0 and len(shape) == 2 + 2 * n and len(channels_last) == n and min(shape[2:]) > 0,
+        n > 0 and len(shape) == 2 + axes * n and len(channels_last) == n and min(shape[2:]) > 0,
         "shape, dtypes and channels_last must describe the same maps",
         lambda: maps,
     )
     _require(
         min(dtypes) >= 0 and max(dtypes) < len(DTYPES), "dtypes must be indices of a dtype", lambda: dtypes
     )
-    _check_rois(rois, levels, [DTYPES[i] for i in dtypes], grad.device)
-    _check_pooling(pooling, n)
+    _check_rois(rois, levels, [DTYPES[i] for i in dtypes], axes, grad.device)
+    _check_pooling(pooling, n, axes)
     _require(
-        grad.dim() == 4
+        grad.dim() == 2 + axes
         and grad.shape[0] == rois.shape[0]
         and tuple(grad.shape[2:]) == tuple(pooling.output_size)
         and grad.dtype in DTYPES,

@@ -220,7 +220,7 @@ def _axes_of(
 
 def _points(points: Points | Pieces) -> Tensor:
     """`(bins, T)` positions in cells, NaN where there is none or where it misses the map."""
-    point, _weight, touched = points.lay(torch.arange(int(points.number.max())))
+    point, _value, _slope, touched = points.lay(torch.arange(int(points.number.max())))
     return torch.where(touched, point, torch.nan)[0]
 
 

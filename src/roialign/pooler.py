@@ -22,7 +22,7 @@ class MultiScaleRoIAlign(nn.Module):
 
     Args:
         featmap_names: names of the maps to use; those absent from the input are passed over.
-        output_size: bins per RoI, `(PH, PW)`, or one number for both.
+        output_size: bins per RoI, `(PH, PW)`, or one number for both; `(PD, PH, PW)` of volumes.
         sampling_ratio: sampling points per bin and axis; if not positive, as many as the bin has
             cells, rounded up; "exact" for the integral over the bin.
         canonical_scale: side in pixels of the square box that belongs to `canonical_level`.
@@ -30,9 +30,11 @@ class MultiScaleRoIAlign(nn.Module):
         aligned: shift boxes by half a cell, as Detectron2 does.
         scales: cells per pixel, `1 / stride`: one per entry of `featmap_names`, or by name. Any
             positive numbers. Without them, each call takes the powers of two that fit its shapes.
-            A call whose `image_shapes` say that a scale above 1 is a stride is refused.
+            A call whose `image_shapes` say that a scale above 1 is a stride is refused. In place of a
+            number there may be one for each axis of the map.
         map_levels: a function from the list of boxes to `(K,)` integers, the index of each box's
             map among the maps used, in the order of `featmap_names`; instead of equation 1.
+        box_gradients: whether boxes have gradients, once; see `multiscale_roi_align`.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -50,6 +52,7 @@ class MultiScaleRoIAlign(nn.Module):
     aligned = False
     canonical_scale = 224
     canonical_level = 4
+    box_gradients = False  # nor those of our own first version
 
     def __init__(
         self,
@@ -60,8 +63,9 @@ class MultiScaleRoIAlign(nn.Module):
         canonical_scale: int = 224,
         canonical_level: int = 4,
         aligned: bool = False,
-        scales: Sequence[float] | Mapping[str, float] | None = None,
+        scales: Sequence[float | Sequence[float]] | Mapping[str, float | Sequence[float]] | None = None,
         map_levels: functional.LevelMap | None = None,
+        box_gradients: bool = False,
     ) -> None:
         # Not super(): beside torchvision's class, whose __init__ takes other arguments.
         nn.Module.__init__(self)
@@ -70,12 +74,13 @@ class MultiScaleRoIAlign(nn.Module):
         arguments.check_map_levels(map_levels)
         self.featmap_names = arguments.check_featmap_names(featmap_names)
         self.sampling_ratio = arguments.check_sampling_ratio(sampling_ratio)
-        self.output_size = arguments.check_output_size(output_size)
+        self.output_size = arguments.check_size_of_module(output_size)
         self.scales = arguments.check_module_scales(scales)
         self.map_levels = map_levels
         self.canonical_scale = canonical_scale
         self.canonical_level = canonical_level
         self.aligned = arguments.check_flag("aligned", aligned)
+        self.box_gradients = arguments.check_flag("box_gradients", box_gradients)
 
     def forward(
         self,
@@ -86,11 +91,13 @@ class MultiScaleRoIAlign(nn.Module):
         """Pool the boxes of a batch.
 
         Args:
-            x: maps `(N, C, H_l, W_l)` by name, in any order; float32, float64, float16, bfloat16.
+            x: maps `(N, C, H_l, W_l)` by name, in any order; float32, float64, float16, bfloat16. Or
+                volumes `(N, C, D_l, H_l, W_l)`, or sequences `(N, C, T_l)`.
             boxes: per image a tensor `(L, 4)` of `(x1, y1, x2, y2)` in pixels of the image, not of
-                a map; any real dtype; L may be 0.
-            image_shapes: `(height, width)` of each image in pixels, before padding. Not needed
-                where `scales` are set.
+                a map; any real dtype; L may be 0. Of volumes `(L, 6)`, `(x1, y1, z1, x2, y2, z2)`; of
+                sequences `(L, 2)`, `(x1, x2)`.
+            image_shapes: `(height, width)` of each image in pixels, before padding; of volumes
+                `(depth, height, width)`, of sequences `(length,)`. Not needed where `scales` are set.
 
         Returns:
             `(K, C, PH, PW)`: the RoIs of all images in order, in the dtype and memory format of
@@ -127,6 +134,7 @@ class MultiScaleRoIAlign(nn.Module):
                 self.aligned,
                 self.scales,
                 self.map_levels,
+                self.box_gradients,
             )
 
     def __prepare_scriptable__(self) -> "MultiScaleRoIAlign":
@@ -146,7 +154,7 @@ class MultiScaleRoIAlign(nn.Module):
 
     def __repr__(self) -> str:
         shown = ["featmap_names", "output_size", "sampling_ratio"]
-        defaults = {"aligned": False, "scales": None, "map_levels": None}
+        defaults = {"aligned": False, "scales": None, "map_levels": None, "box_gradients": False}
         shown += [name for name, default in defaults.items() if getattr(self, name) is not default]
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)}' for name in shown)})"
 
@@ -162,6 +170,8 @@ def _check_scriptable(module: nn.Module) -> None:
             f"sampling_ratio must be an integer in TorchScript, got {module.sampling_ratio!r}; "
             "use torch.export"
         )
+    if module.box_gradients:
+        raise TypeError("box_gradients must be False in TorchScript; use torch.export")
 
 
 def from_torchvision(state: dict[str, Any]) -> dict[str, Any]:
@@ -194,33 +204,40 @@ class RoIAlign(nn.Module):
 
     Args:
         output_size: bins per RoI, `(PH, PW)`, or one number for both.
-        spatial_scale: cells of the map per pixel of the image.
+        spatial_scale: cells of the map per pixel of the image; or one for each axis of the map.
         sampling_ratio: sampling points per bin and axis; adaptive if not positive; or "exact".
         aligned: shift boxes by half a cell.
+        box_gradients: whether boxes have gradients.
     """
 
     aligned = False  # for a pickle of torchvision's before it had the argument
+    box_gradients = False  # and for those of ours before they had this one
 
     def __init__(
         self,
         output_size: int | Sequence[int],
-        spatial_scale: float,
+        spatial_scale: float | Sequence[float],
         sampling_ratio: int | str,
         aligned: bool = False,
+        *,
+        box_gradients: bool = False,
     ) -> None:
         super().__init__()
-        arguments.check_output_size(output_size)
-        arguments.check_positive("spatial_scale", spatial_scale)
+        arguments.check_size_of_module(output_size)
+        arguments.check_scale("spatial_scale", spatial_scale)
         self.output_size = output_size
         self.spatial_scale = spatial_scale
         self.sampling_ratio = arguments.check_sampling_ratio(sampling_ratio)
         self.aligned = arguments.check_flag("aligned", aligned)
+        self.box_gradients = arguments.check_flag("box_gradients", box_gradients)
 
     def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:
         """Pool `rois` from `input`; see `roi_align`."""
-        return functional.roi_align(
-            input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned
-        )
+        how = self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return functional.roi_align(input, rois, *how)
+        else:  # noqa: RET505 - else TorchScript compiles it, too
+            return functional.roi_align(input, rois, *how, box_gradients=self.box_gradients)
 
     def __prepare_scriptable__(self) -> "RoIAlign":
         """Likewise."""

@@ -195,7 +195,7 @@ def levels_of(rois: Tensor, scales: list[float], canonical_scale: float, canonic
         map_levels.append(int(round(-math.log(scale) / math.log(2.0))))  # noqa: PERF401, RUF046
     steps = sorted(map_levels)
     area = (rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])
-    wanted = wanted_level(area, canonical_scale, canonical_level)
+    wanted = wanted_level(torch.sqrt(area), canonical_scale, canonical_level)
     index = torch.full_like(area, map_levels.index(steps[0]), dtype=torch.int64)
     for i in range(len(steps) - 1):
         coarser = torch.full_like(index, map_levels.index(steps[i + 1]))

@@ -2,18 +2,20 @@
 
 It is what every faster engine is judged against, and what serves where there is none. A bin is the sum
 over the outer product of its row taps and its column taps (see `taps`), and `backward` is the same sum
-with reading and writing exchanged. Only cells that a tap names are ever read, so a NaN elsewhere in a map
-stays elsewhere.
+with reading and writing exchanged. A volume is a map that has the rows of all its slices. Only cells that a
+tap names are ever read, so a NaN elsewhere in a map stays elsewhere.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .layout import empty as empty
+from .layout import rows_of
 from .schema import Pooling
-from .taps import Taps, lay_points, taps_of
+from .taps import Taps, corners_of, lay_axes, product, taps_of
 
 # Elements of the largest temporary. About eight of them live at once, in float64 at worst, so
 # scratch stays under 256 MB whatever the number of RoIs.
@@ -28,23 +30,28 @@ def forward(
 
     Args:
         out: `(K, C, PH, PW)`, any strides, any float dtype; filled. A RoI whose box is not finite,
-            or whose image or level does not exist, becomes NaN.
-        features: L maps `(N, C, H_l, W_l)`, any strides, any float dtypes.
-        rois: `(K, 5)` image index, x1, y1, x2, y2, in the working precision; image coordinates.
+            or whose image or level does not exist, becomes NaN; of a derivative zero.
+        features: L maps `(N, C, H_l, W_l)`, any strides, any float dtypes. Or L volumes
+            `(N, C, D_l, H_l, W_l)`, and then `out` is `(K, C, PD, PH, PW)`.
+        rois: `(K, 5)` image index, x1, y1, x2, y2, in the working precision; image coordinates. Of volumes
+            `(K, 7)`, image index, x1, y1, z1, x2, y2, z2.
         levels: `(K,)` int64, the index of each RoI's map; None for the staircase of `pooling`.
         pooling: scales, grid and bins.
 
     Returns:
         Whether some RoI could not be pooled; None by an engine that does not count them, such as this.
     """
-    out.fill_(torch.nan)
+    out.fill_(0.0 if pooling.derivative else torch.nan)
     if levels is None:
         levels = pooling.staircase.levels(rois[:, 1:])
+    bins = rows_of(out)
     for level, feature in enumerate(features):
-        rows = _poolable_rows(rois, levels == level, len(feature), pooling.scales[level])
-        for part, lo, hi, ys, xs in _blocks(rois, rows, out.shape[1], feature, level, pooling):
-            pooled = _gather(feature[:, lo:hi], rois[part, 0].long(), ys, xs)
-            out[part, lo:hi] = pooled.to(out.dtype)
+        rows, corners, scales = _poolable(rois, levels, level, len(feature), len(features), pooling)
+        for part, lo, hi, ys, xs in _blocks(corners, rows, out.shape[1], feature.shape[2:], scales, pooling):
+            pooled = _gather(rows_of(feature[:, lo:hi]), rois[part, 0].long(), ys, xs)
+            bins[part, lo:hi] = pooled.to(out.dtype)
+    if bins.data_ptr() != out.data_ptr():  # which had strides that rows do not have
+        out.copy_(bins.view(out.shape))
 
 
 def backward(
@@ -53,60 +60,75 @@ def backward(
     """The adjoint of `forward` in the features.
 
     Args:
-        grads: one gradient map `(N, C, H_l, W_l)` per level; filled, with the same bits every time.
-            RoIs that `forward` answers with NaN add nothing.
-        grad: `(K, C, PH, PW)`, the gradient of the output.
+        grads: one gradient map `(N, C, H_l, W_l)` or `(N, C, D_l, H_l, W_l)` per level; filled, with the same
+            bits every time. RoIs that `forward` answers with NaN add nothing.
+        grad: `(K, C, PH, PW)` or `(K, C, PD, PH, PW)`, the gradient of the output.
         rois: as in `forward`.
         levels: as in `forward`.
         pooling: as in `forward`.
     """
     if levels is None:
         levels = pooling.staircase.levels(rois[:, 1:])
+    bins = rows_of(grad)
     for level, result in enumerate(grads):
-        images, channels, height, width = result.shape
-        rows = _poolable_rows(rois, levels == level, images, pooling.scales[level])
+        images, channels, *size = result.shape
+        rows, corners, scales = _poolable(rois, levels, level, images, len(grads), pooling)
         # Sums are kept in the working precision: for a few channels at a time, to bound them.
-        step = max(1, 4 * _BLOCK // (images * height * width))
+        step = max(1, 4 * _BLOCK // (images * math.prod(size)))
         for first in range(0, channels, step):
-            share = grad[:, first : first + step]
-            total = rois.new_zeros(images * height * width, share.shape[1])
-            for part, lo, hi, ys, xs in _blocks(rois, rows, share.shape[1], result, level, pooling):
+            share = bins[:, first : first + step]
+            total = rois.new_zeros(images * math.prod(size), share.shape[1])
+            for part, lo, hi, ys, xs in _blocks(corners, rows, share.shape[1], size, scales, pooling):
                 piece = share[part, lo:hi].to(rois.dtype)
-                _scatter(total[:, lo:hi], piece, rois[part, 0].long(), ys, xs, (height, width))
-            result[:, first : first + step] = total.view(images, height, width, -1).movedim(3, 1)
+                flat = math.prod(size[:-1]), size[-1]
+                _scatter(total[:, lo:hi], piece, rois[part, 0].long(), ys, xs, flat)
+            result[:, first : first + step] = total.view(images, *size, -1).movedim(-1, 1)
 
 
-def _poolable_rows(rois: Tensor, on_level: Tensor, images: int, scale: float) -> Tensor:
-    """Indices of the RoIs of this level that can be pooled: finite box, existing image."""
-    image = rois[:, 0]
-    corners = rois[:, 1:] * scale
-    finite = corners.isfinite().all(1) & (corners[:, 2:] - corners[:, :2]).isfinite().all(1)
+def _poolable(
+    rois: Tensor, levels: Tensor, level: int, images: int, maps: int, pooling: Pooling
+) -> tuple[Tensor, Tensor, Sequence[float]]:
+    """The RoIs of a level that can be pooled: finite box, existing image.
+
+    Returns:
+        Their indices, the corners of all RoIs in cells of the map, and its scales.
+    """
+    image, scales = rois[:, 0], pooling.scales_of(maps)[level]
+    corners, finite = corners_of(rois, scales)
     exists = (image.trunc() >= 0) & (image < images)
-    return (finite & exists & on_level).nonzero()[:, 0]
+    return (finite & exists & (levels == level)).nonzero()[:, 0], corners, scales
 
 
 def _blocks(
-    rois: Tensor, rows: Tensor, channels: int, feature: Tensor, level: int, pooling: Pooling
+    corners: Tensor,
+    rows: Tensor,
+    channels: int,
+    size: Sequence[int],
+    scales: Sequence[float],
+    pooling: Pooling,
 ) -> Iterator[tuple[Tensor, int, int, Taps, Taps]]:
     """Cut the work into blocks of bounded size: RoIs `part`, channels `lo:hi`, and the taps.
 
     RoIs of many taps come first, so that a block holds RoIs of about the same size.
     """
-    (pooled_height, pooled_width), ratio = pooling.output_size, pooling.sampling_ratio
+    *_, pooled_width = pooling.output_size
+    pooled_rows = math.prod(pooling.output_size[:-1])
     for slab in torch.split(rows, _SLAB):
-        x1, y1, x2, y2 = (rois[slab, 1:] * pooling.scales[level]).unbind(1)
-        height, width = (torch.full_like(slab, extent) for extent in feature.shape[2:])
-        y_points = lay_points(y1, y2, pooled_height, height, ratio, pooling.aligned)
-        x_points = lay_points(x1, x2, pooled_width, width, ratio, pooling.aligned)
-        visits = torch.maximum(y_points.number.amax(1), x_points.number.amax(1)).clamp(min=1)
+        sizes = [torch.full_like(slab, extent) for extent in size]
+        axes = lay_axes(corners[slab], sizes, scales, pooling)
+        visits = torch.stack([p.number.amax(1) for p in axes]).amax(0).clamp(min=1)
         visits, order = visits.sort(descending=True, stable=True)
-        cost = (2 * visits * pooled_height * pooled_width).tolist()
+        # Of columns with one row at a time, and of all rows of a volume.
+        widest = torch.maximum(visits * pooled_width, (2 * visits) ** (len(axes) - 1) / 2)
+        cost = (2 * widest * pooled_rows).tolist()
         start = 0
         while start < len(order):
             one_roi = int(cost[start])
             step = max(1, min(channels, _BLOCK // one_roi))
             part = order[start : start + max(1, _BLOCK // (one_roi * step))]
-            ys, xs = (taps_of(p.of(part), 0, int(p.number[part].max())) for p in (y_points, x_points))
+            ys, *inner, xs = (taps_of(p.of(part), 0, int(p.number[part].max())) for p in axes)
+            for taps, extent in zip(inner, sizes[1:-1], strict=True):
+                ys = product(ys, taps, extent[part][:, None])
             for lo in range(0, channels, step):
                 yield slab[part], lo, min(lo + step, channels), ys, xs
             start += len(part)

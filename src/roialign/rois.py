@@ -1,4 +1,4 @@
-"""Boxes per image -> rois `(K, 5)`: image index, x1, y1, x2, y2."""
+"""Boxes per image -> rois `(K, 5)`: image index, x1, y1, x2, y2; with as many axes as the maps have."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,12 +23,12 @@ def in_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def boxes_to_rois(boxes: Sequence[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Join one boxes tensor `(L, 4)` per image into rois `(K, 5)` of `dtype`, on the device of `like`.
+    """Join one boxes tensor `(L, 4)` per image into rois `(K, 5)` of `dtype`, on the device of `like`, a map.
 
     The image index is written in `dtype`, not in the boxes' own: bfloat16 counts to 256 only.
     """
     if len(boxes) == 0:
-        return like.new_empty((0, 5), dtype=dtype)
+        return like.new_empty((0, 2 * like.dim() - 3), dtype=dtype)
     boxes = [in_dtype(b, dtype) for b in boxes]
     if is_plain(boxes) and True not in [b.requires_grad for b in boxes]:
         return _joined([b.numpy() for b in boxes])
@@ -40,7 +40,7 @@ def _joined(boxes: Sequence[Any]) -> Tensor:
     """By NumPy, which keeps the interpreter's lock: a busy thread takes milliseconds to give it back."""
     import numpy as np  # which PyTorch, too, imports when it is needed
 
-    rois = np.empty((sum([len(b) for b in boxes]), 5), boxes[0].dtype)
+    rois = np.empty((sum([len(b) for b in boxes]), 1 + boxes[0].shape[1]), boxes[0].dtype)
     start = 0
     for i, b in enumerate(boxes):
         stop = start + len(b)
@@ -48,3 +48,9 @@ def _joined(boxes: Sequence[Any]) -> Tensor:
         rois[start:stop, 1:] = b
         start = stop
     return torch.from_numpy(rois)
+
+
+def on_one_row(rois: Tensor) -> Tensor:
+    """Rois `(K, 3)` of sequences as rois `(K, 5)` of maps of one row: each from y = 0 to 1."""
+    x1, x2 = rois[:, 1:2], rois[:, 2:]
+    return torch.cat((rois[:, :1], x1, torch.zeros_like(x1), x2, torch.ones_like(x2)), 1)

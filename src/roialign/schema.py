@@ -14,37 +14,54 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 class Pooling(NamedTuple):
     """How regions are pooled: what follows the levels in every signature, in the order of the schemas."""
 
-    output_size: Sequence[int]  # bins per axis
-    scales: Sequence[float]  # cells of each map per pixel of the image
+    output_size: Sequence[int]  # bins per axis, in the order of the axes of a map
+    scales: Sequence[float]  # cells of each map per pixel of the image; or, map by map, those of each axis
     sampling_ratio: (
         int  # points per bin and axis; 0: as many as the bin has cells, rounded up; or `taps.EXACT`
     )
     aligned: bool  # whether cell centres lie at whole numbers, and small boxes are not widened
     thresholds: Sequence[float]  # the staircase of the pyramid; see `levels.Staircase`
     order: Sequence[int]
+    box_gradients: bool = False  # whether boxes, too, have a gradient
+    derivative: int = 0  # if not 0, pooled is how the result changes with this column of the rois
 
     @property
     def staircase(self) -> Staircase:
         """Which map serves which box, where no levels are given."""
         return Staircase(tuple(self.thresholds), tuple(self.order))
 
+    def scales_of(self, maps: int) -> list[Sequence[float]]:
+        """The scales of each map along each of its axes."""
+        axes = len(self.output_size)
+        if len(self.scales) == maps:
+            return [(scale,) * axes for scale in self.scales]
+        return [self.scales[axes * i : axes * (i + 1)] for i in range(maps)]
+
+    def moved(self, axis: int) -> tuple[bool, bool] | None:
+        """Whether it is the start or the end of RoIs along an axis by which the result is differentiated."""
+        column, axes = self.derivative - 1, len(self.output_size)
+        start = axes - 1 - axis  # x comes first in a box, and last in a map
+        return (column == start, column != start) if column % axes == start and column >= 0 else None
+
 
 class Maps(NamedTuple):
     """What backward must know of the maps, in the order of its schema."""
 
-    shape: Sequence[int]  # N, C, then H, W of each map
+    shape: Sequence[int]  # N, C, then H, W or D, H, W of each map
     dtypes: Sequence[int]  # indices into DTYPES
     channels_last: Sequence[bool]
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """`(H, W)` of each map."""
-        return list(zip(self.shape[2::2], self.shape[3::2], strict=True))
+    def sizes(self) -> list[tuple[int, ...]]:
+        """`(H, W)` or `(D, H, W)` of each map."""
+        axes = (len(self.shape) - 2) // len(self.dtypes)
+        return [tuple(self.shape[i : i + axes]) for i in range(2, len(self.shape), axes)]
 
 
 # Lists, so that other ranks, scales per axis and other rules need no other schema.
 _POOLING = (
-    "SymInt[] output_size, float[] scales, int sampling_ratio, bool aligned, float[] thresholds, int[] order"
+    "SymInt[] output_size, float[] scales, int sampling_ratio, bool aligned, float[] thresholds, "
+    "int[] order, bool box_gradients=False, int derivative=0"
 )
 _FORWARD = f"multiscale_roi_align(Tensor[] features, Tensor rois, Tensor? levels, {_POOLING}) -> Tensor"
 _BACKWARD = (

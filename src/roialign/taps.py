@@ -6,12 +6,19 @@ and its column taps, and backward is the same sum with reading and writing excha
 same taps in their own languages.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .schema import Pooling
+
 EXACT = -1  # a sampling ratio: no grid, but the integral
+
+
+def _of(fields: Sequence[Tensor | None], part: Tensor) -> Any:
+    return [None if field is None else field[part] for field in fields]
 
 
 class Points(NamedTuple):
@@ -23,43 +30,69 @@ class Points(NamedTuple):
     first: Tensor  # (K, bins) of them, the first that may meet the map
     number: Tensor  # (K, bins) and how many may
     extent: Tensor  # (K, 1) int64, of the map in cells, at least 1
+    start_rate: Tensor | None = None  # (K, bins) of a derivative: how fast the bin's start moves
+    size_rate: Tensor | None = None  # (K, 1) and how fast it grows
 
     def of(self, part: Tensor) -> "Points":
         """The same for some of the RoIs."""
-        return Points(*(field[part] for field in self))
+        return Points(*_of(self, part))
 
-    def lay(self, run: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Points `run`, counted from the first: where, their weights, and whether they meet the map."""
-        bin_start, bin_size, grid, first, number, extent = (field[..., None] for field in self)
-        grid = grid.clamp(min=1)
-        point = bin_start + (first + run + 0.5) * bin_size / grid
+    def lay(self, run: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Points `run`, counted from the first: where they lie, their weights, and whether they meet the map.
+
+        The first weight is of the surface's value there, the second, of a derivative, of its slope.
+        """
+        bin_start, bin_size, grid, first, number, extent = (field[..., None] for field in self[:6])
+        grid, place = grid.clamp(min=1), first + run + 0.5
+        point = bin_start + place * bin_size / grid
         touched = (run < number) & (point >= -1) & (point <= extent.to(point))
-        return point, (1 / grid).expand_as(point), touched
+        if self.start_rate is None or self.size_rate is None:
+            return point, (1 / grid).expand_as(point), None, touched
+        rate = self.start_rate[..., None] + place / grid * self.size_rate[..., None]
+        return point, torch.zeros_like(point), rate / grid, touched
 
 
 class Pieces(NamedTuple):
     """The pieces of every bin between the centres of neighbouring cells, where the surface is linear.
 
-    So its integral over a piece is its value in the middle, times the length: a sampling point.
+    So its integral over a piece is its value in the middle, times the length: a sampling point. The
+    derivative of a mean over a bin lies in how its ends move: what is there against the mean.
     """
 
-    low: Tensor  # (K, bins) in cells of the map, where the bin enters it
-    high: Tensor  # (K, bins) where it leaves it
-    length: Tensor  # (K, bins) of the bin, all of it
-    number: Tensor  # (K, bins) of pieces
+    start: Tensor  # (K, bins) in cells of the map
+    end: Tensor  # (K, bins) before the start, of a bin that is inside out
+    number: Tensor  # (K, bins) of points: pieces, and of a derivative two more
     extent: Tensor  # (K, 1) int64, of the map in cells, at least 1
+    start_rate: Tensor | None = None  # (K, bins) of a derivative: how fast the start moves
+    end_rate: Tensor | None = None  # (K, bins) and the end
 
     def of(self, part: Tensor) -> "Pieces":
         """The same for some of the RoIs."""
-        return Pieces(*(field[part] for field in self))
+        return Pieces(*_of(self, part))
 
-    def lay(self, run: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The middle of pieces `run`, their shares of the bin, and whether there are such."""
-        low, high, length, number, _ = (field[..., None] for field in self)
-        start = torch.maximum(low, low.floor() + run)
-        stop = torch.minimum(high, low.floor() + run + 1)
-        share = torch.where(length > 0, (stop - start) / length, 1.0)
-        return (start + stop) / 2, share, run < number
+    def lay(self, run: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Likewise: the middles of pieces `run`, whose weights are their shares of the bin.
+
+        Of a derivative the bin's start comes first and its end last.
+        """
+        start, end, number, extent = (field[..., None] for field in self[:4])
+        low, high = clip(start, end, extent)
+        length = (end - start).abs()
+        piece = run if self.start_rate is None else run - 1
+        left = torch.maximum(low, low.floor() + piece)
+        right = torch.minimum(high, low.floor() + piece + 1)
+        share = torch.where(length > 0, (right - left) / length, 1.0)
+        middle = (left + right) / 2
+        if self.start_rate is None or self.end_rate is None:
+            return middle, share, None, run < number
+        start_rate, end_rate = self.start_rate[..., None], self.end_rate[..., None]
+        span = torch.where(length > 0, end - start, 1.0)
+        first, last = run == 0, run == number - 1
+        point = torch.where(first, start, torch.where(last, end, middle))
+        value = torch.where(first, -start_rate, torch.where(last, end_rate, share * (start_rate - end_rate)))
+        value = torch.where(length > 0, value / span, 0.0)
+        slope = torch.where(first & (length == 0), (start_rate + end_rate) / 2, 0.0)
+        return point, value, slope, (run < number) & (point >= -1) & (point <= extent.to(point))
 
 
 class Taps(NamedTuple):
@@ -70,8 +103,51 @@ class Taps(NamedTuple):
     touched: Tensor  # (K, bins, T) bool: false where a sampling point misses the map
 
 
+def corners_of(rois: Tensor, scales: Sequence[float | Tensor]) -> tuple[Tensor, Tensor]:
+    """Boxes in cells of their maps, and which of them have a place and a size there.
+
+    Args:
+        rois: `(K, 1 + 2A)` of A axes: image index, starts, ends; x comes first.
+        scales: of each axis of the map, of which x is the last; or `(K,)` of the map of each RoI.
+
+    Returns:
+        Starts and ends, `(K, 2A)`; and `(K,)` bool.
+    """
+    axes = len(scales)
+    ends = [rois[:, 1 + i] * scales[axes - 1 - i % axes] for i in range(2 * axes)]
+    corners = torch.stack(ends, 1)
+    return corners, corners.isfinite().all(1) & (corners[:, axes:] - corners[:, :axes]).isfinite().all(1)
+
+
+def lay_axes(
+    corners: Tensor, sizes: Sequence[Tensor], scales: Sequence[float | Tensor], pooling: Pooling
+) -> list[Points | Pieces]:
+    """Lay RoIs along every axis of their maps, in the order of these.
+
+    Args:
+        corners: `(K, 2A)` starts and ends in cells, x first; finite.
+        sizes: A tensors `(K,)` int64, the cells of each RoI's map along an axis.
+        scales: of the axes, as in `corners_of`.
+        pooling: bins and grid.
+    """
+    laid, axes = [], len(sizes)
+    for axis, (bins, extent, scale) in enumerate(zip(pooling.output_size, sizes, scales, strict=True)):
+        low, high = corners[:, axes - 1 - axis], corners[:, 2 * axes - 1 - axis]
+        moved, rates = pooling.moved(axis), None
+        if moved is not None:
+            rates = torch.zeros_like(low) + moved[0] * scale, torch.zeros_like(low) + moved[1] * scale
+        laid.append(lay_points(low, high, bins, extent, pooling.sampling_ratio, pooling.aligned, rates))
+    return laid
+
+
 def lay_points(
-    low: Tensor, high: Tensor, bins: int, extent: Tensor, sampling_ratio: int, aligned: bool
+    low: Tensor,
+    high: Tensor,
+    bins: int,
+    extent: Tensor,
+    sampling_ratio: int,
+    aligned: bool,
+    rates: tuple[Tensor, Tensor] | None = None,
 ) -> Points | Pieces:
     """Lay the sampling points of every bin on one axis of the map.
 
@@ -83,40 +159,58 @@ def lay_points(
         high: `(K,)` where they end.
         bins: along this axis.
         extent: `(K,)` int64, cells of each RoI's map.
-        sampling_ratio: points per bin; 0: as many as the bin has cells, rounded up; EXACT: such that their
-            sum is the integral.
+        sampling_ratio: points per bin; 0: as many as the bin has cells, rounded up; EXACT: their sum is
+            the integral.
         aligned: shift by half a cell, and do not widen what is smaller than one.
+        rates: for the derivative as RoIs move: `(K,)` how fast `low` does, and `high`. The number of points
+            of an adaptive grid, and a size that was widened, stay as they are.
     """
     offset = 0.5 if aligned else 0.0
     start = low - offset
     size = high - offset - start
     bin_size = ((size if aligned else size.clamp(min=1.0)) / bins)[:, None]
+    start_rate = size_rate = None
+    if rates is not None:
+        growth = rates[1] - rates[0]
+        size_rate = ((growth if aligned else torch.where(size >= 1, growth, 0.0)) / bins)[:, None]
+        start_rate = rates[0][:, None] + torch.arange(bins, device=low.device) * size_rate
     extent = extent[:, None]
     if sampling_ratio == EXACT:
-        return _lay_pieces(start, bin_size, bins, extent)
+        ends = start[:, None] + torch.arange(bins + 1, device=low.device) * bin_size
+        end_rate = None if start_rate is None or size_rate is None else start_rate + size_rate
+        # A bin ends where the next begins.
+        return _lay_pieces(Pieces(ends[:, :-1], ends[:, 1:], ends[:, 1:], extent, start_rate, end_rate))
     bin_start = start[:, None] + torch.arange(bins, device=low.device) * bin_size
     if sampling_ratio > 0:
         grid = torch.full_like(bin_size, sampling_ratio)
-        number = torch.full_like(bin_start, sampling_ratio)
-        return Points(bin_start, bin_size, grid, torch.zeros_like(bin_start), number, extent)
+        number, first = torch.full_like(bin_start, sampling_ratio), torch.zeros_like(bin_start)
+        return Points(bin_start, bin_size, grid, first, number, extent, start_rate, size_rate)
     grid = bin_size.ceil().clamp(min=0)  # an aligned box may be inside out: no points
     step = torch.where(grid > 0, bin_size / grid, 1.0)
     # One point more on either side, because the division rounds; taps_of looks at each.
     first = torch.minimum((((-1 - bin_start) / step - 0.5).floor() - 1).clamp(min=0), grid)
     last = torch.minimum(((extent.to(step) - bin_start) / step - 0.5).ceil() + 1, grid - 1)
-    return Points(bin_start, bin_size, grid, first, (last - first + 1).clamp(min=0), extent)
+    number = (last - first + 1).clamp(min=0)
+    return Points(bin_start, bin_size, grid, first, number, extent, start_rate, size_rate)
 
 
-def _lay_pieces(start: Tensor, bin_size: Tensor, bins: int, extent: Tensor) -> Pieces:
-    """A bin ends where the next begins. One that is inside out is turned; one without length is a point."""
-    ends = start[:, None] + torch.arange(bins + 1, device=start.device) * bin_size
-    low, high = torch.minimum(ends[:, :-1], ends[:, 1:]), torch.maximum(ends[:, :-1], ends[:, 1:])
-    length = high - low
-    meets = (high >= -1) & (low <= extent) & ((low < extent) & (high > -1) | (length == 0))
-    low = torch.where(meets, low.clamp(min=-1), 0.0)
-    high = torch.where(meets, torch.minimum(high, extent.to(high)), 0.0)
-    number = torch.where(length > 0, high.ceil() - low.floor(), 1.0)
-    return Pieces(low, high, length, torch.where(meets, number, 0.0), extent)
+def _lay_pieces(bins: Pieces) -> Pieces:
+    """Count the points of bins."""
+    start, end, _, extent, start_rate, _ = bins
+    low, high = torch.minimum(start, end), torch.maximum(start, end)
+    is_point = low == high
+    meets = (high >= -1) & (low <= extent) & ((low < extent) & (high > -1) | is_point)
+    low, high = clip(start, end, extent)
+    number = torch.where(is_point, 1.0, high.ceil() - low.floor())
+    if start_rate is not None:
+        number = torch.where(is_point, 1.0, number + 2)
+    return bins._replace(number=torch.where(meets, number, 0.0))
+
+
+def clip(start: Tensor, end: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a bin that meets the map enters and leaves it: a cell beyond its centres there is nothing."""
+    low, high = torch.minimum(start, end), torch.maximum(start, end)
+    return low.clamp(min=-1), torch.minimum(high, extent.to(high))
 
 
 def taps_of(points: Points | Pieces, start: Tensor | int, side: int) -> Taps:
@@ -126,12 +220,34 @@ def taps_of(points: Points | Pieces, start: Tensor | int, side: int) -> Taps:
         `2 * side` taps per bin: the cells below the points, then those above them.
     """
     run = torch.arange(side, device=points.number.device) + start
-    point, weight, touched = points.lay(run)
+    point, value, slope, touched = points.lay(run)
     extent = points.extent[..., None]
-    point = torch.where(touched, point, 0.0).clamp(min=0.0)
+    point = torch.where(touched, point, 0.0)
+    inside = point.clamp(min=0.0)
     # The last cell is found among integers: as a float it may be rounded up, past the map.
-    low = torch.minimum(point.long(), extent - 1)
+    low = torch.minimum(inside.long(), extent - 1)
     high = torch.minimum(low + 1, extent - 1)
-    share = torch.where(low < high, point - point.floor(), 0.0)  # the last cell repeats
-    weight = torch.cat(((1 - share) * weight, share * weight), 2)
-    return Taps(torch.cat((low, high), 2), weight, torch.cat((touched, touched), 2))
+    share = torch.where(low < high, inside - inside.floor(), 0.0)  # the last cell repeats
+    below, above = (1 - share) * value, share * value
+    if slope is not None:
+        slope = torch.where((low < high) & (point >= 0), slope, 0.0)  # where a cell repeats it is level
+        touched = touched & ((value != 0) | (slope != 0))
+        below, above = below - slope, above + slope
+    return Taps(torch.cat((low, high), 2), torch.cat((below, above), 2), torch.cat((touched, touched), 2))
+
+
+def product(outer: Taps, inner: Taps, extent: Tensor) -> Taps:
+    """The taps of two axes as those of one, whose cells are counted through.
+
+    Args:
+        outer: of slices.
+        inner: of the rows in each.
+        extent: `(K, 1)` how many rows a slice has.
+    """
+    cell = outer.cell[:, :, None, :, None] * extent[:, :, None, None, None]
+    both = (
+        cell + inner.cell[:, None, :, None],
+        outer.weight[:, :, None, :, None] * inner.weight[:, None, :, None],
+        outer.touched[:, :, None, :, None] & inner.touched[:, None, :, None],
+    )
+    return Taps(*(t.flatten(3, 4).flatten(1, 2) for t in both))

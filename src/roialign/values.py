@@ -1,6 +1,7 @@
-"""What people give for numbers and tensors: read as Python's numbers, and shown in errors."""
+"""What people give for numbers, lists and tensors: read as Python's own, and shown in errors."""
 
 import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,3 +45,21 @@ def advice_for(t: Tensor) -> str:
     if t.is_quantized:
         return "; convert it with .dequantize()"
     return "" if t.is_complex() else "; convert it with .float()"
+
+
+def items(argument: str, value: Any, rule: str) -> Sequence[Any]:
+    """A list or a tuple as it is; as a list what else has an order: an array, a dict's view, a generator."""
+    if isinstance(value, (list, tuple)):
+        return value
+    unordered = isinstance(value, (str, bytes, Mapping, set, frozenset)) or not isinstance(value, Iterable)
+    items = None if unordered else values_of(value) if hasattr(value, "ndim") else list(value)
+    if not isinstance(items, list):
+        raise TypeError(f"{argument} must be {rule}, got {shown(value)}")
+    return items
+
+
+def sequence(argument: str, value: Any, rule: str) -> Sequence[Any]:
+    """Likewise, also of what can only be indexed, which is all that torchvision asks."""
+    kind = type(value)
+    indexed = not isinstance(value, Iterable) and hasattr(kind, "__getitem__") and hasattr(kind, "__len__")
+    return items(argument, list(value) if indexed else value, rule)

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..layout import rows_of
 from ..schema import Pooling
 from . import backward as backward_kernel
 from . import direct as direct_kernel
@@ -56,10 +57,14 @@ def forward(
     start = arena.mark()
     rois = rois.contiguous()
     levels = None if levels is None else levels.contiguous()
+    slices: tuple[int, ...] | None = None
+    if out.dim() == 5:
+        slices = tuple(f.shape[2] for f in features)
+        out, features = rows_of(out), [rows_of(f) for f in features]
     layouts = tuple([layout(f) for f in features])
     lost = False
     for dtype, way, mine in _ways(layouts, tuple([f.dtype for f in features]), out.shape[0], out.stride(1)):
-        maps = describe_maps(features, layouts, mine)
+        maps = describe_maps(features, layouts, slices, mine)
         tags = _TAG[dtype], _WORK[rois.dtype], _TAG[out.dtype]
         if way is PLANES:
             lost |= _forward_planes(out, maps, rois, levels, pooling, tags, arena, 0, len(rois))
@@ -116,7 +121,7 @@ def _forward_planes(
     """
     _, channels, height, width = out.shape
     problem, _constants = pose(rois, levels, maps, pooling)
-    taps = most_taps(problem, tags[1], order, n, pooling)
+    taps = most_taps(problem, tags[1], order, n)
     room, size = lay_room(
         *taps, max(maps.heights), max(maps.widths), height, width, maps.inner, rois.itemsize, 0
     )
@@ -125,7 +130,7 @@ def _forward_planes(
     rows, columns = min(taps[0], max(maps.heights)), min(taps[1] // 2 * step, max(maps.widths)) + LANES
     work, at_once, pieces = planes.share(n, channels, height, rows, columns, _tasks_wanted())
     pooled = describe(out)
-    pointwise = int(points.are_few(channels, pooling.output_size, pooling.sampling_ratio))
+    pointwise = int(points.are_few(channels, pooling))
     job = 0, 0, *problem, at(pooled), channels, n, order, at_once, pieces, pointwise, maps.longest, *room
     row = array("q", job)  # a `planes.Job`, laid without `pack` to save time
     threads.run(planes.run, tags, at(row), -(-n // at_once) * pieces, size, work, arena)
@@ -138,7 +143,9 @@ def _forward(
 ) -> bool:  # fmt: skip
     survey, lost = take_survey(rois, levels, maps, pooling, tags[1], arena)
     if lost:
-        out[torch.from_numpy(integers(survey.keys, len(rois)) == -1)] = torch.nan
+        out[torch.from_numpy(integers(survey.keys, len(rois)) == -1)] = (
+            0.0 if pooling.derivative else torch.nan
+        )
     pooled = describe(out)
     base, lo = arena.mark(), 0
     while lo < survey.done:
@@ -191,6 +198,10 @@ def backward(
     grads: Sequence[Tensor], grad: Tensor, rois: Tensor, levels: Tensor | None, pooling: Pooling
 ) -> None:
     """The adjoint of `forward` in the features; see `reference.backward`."""
+    slices: tuple[int, ...] | None = None
+    if grad.dim() == 5:
+        slices = tuple(g.shape[2] for g in grads)
+        grad, grads = rows_of(grad), [rows_of(g) for g in grads]
     grad = in_one_run(grad)
     rois = rois.contiguous()
     levels = None if levels is None else levels.contiguous()
@@ -198,17 +209,17 @@ def backward(
     start = arena.mark()
     layouts = tuple(layout(g) for g in grads)
     for dtype in dict.fromkeys(g.dtype for g in grads):
-        maps = describe_maps(grads, layouts, tuple(g.dtype == dtype for g in grads))
+        maps = describe_maps(grads, layouts, slices, tuple(g.dtype == dtype for g in grads))
         tags = _TAG[dtype], _WORK[rois.dtype], _TAG[grad.dtype]
-        pointwise = points.are_few(grad.shape[1], pooling.output_size, pooling.sampling_ratio)
+        pointwise = points.are_few(grad.shape[1], pooling)
         if pointwise and dtype == rois.dtype:
             _backward_points(grads, grad, maps, rois, levels, pooling, tags, arena)
             arena.rewind(start)
             continue
         survey, _lost = take_survey(rois, levels, maps, pooling, tags[1], arena)
         innermost = all(g.stride(1) == 1 for g in grads if g.dtype == dtype)
-        if _backward_way(grad.shape[1], innermost, len(rois)) is PLANES:
-            _backward_planes(grads, grad, maps, survey, pooling, tags, arena)
+        if slices or _backward_way(grad.shape[1], innermost, len(rois)) is PLANES:
+            _backward_planes(grads, grad, maps, survey, tags, arena)
         else:
             _Backward(grads, grad, maps, survey, tags, arena).run()
         arena.rewind(start)
@@ -240,16 +251,15 @@ def _backward_way(channels: int, innermost: bool, rois: int) -> str:
 
 
 def _backward_planes(
-    grads: Sequence[Tensor], grad: Tensor, maps: Maps, survey: Survey, pooling: Pooling,
-    tags: tuple[Any, ...], arena: Arena,
-) -> None:  # fmt: skip
+    grads: Sequence[Tensor], grad: Tensor, maps: Maps, survey: Survey, tags: tuple[Any, ...], arena: Arena
+) -> None:
     """Have every band of a map summed by one thread, from all RoIs that reach into it."""
     _, channels, height, width = grad.shape
     bounds = integers(survey.bounds, len(maps.first)).tolist()
     tasks, band = planes_backward.cut(
         grads, maps.mine, bounds, channels, height * width, torch.get_num_threads()
     )
-    taps = most_taps(survey.problem, tags[1], survey.order, survey.done, pooling)
+    taps = most_taps(survey.problem, tags[1], survey.order, survey.done)
     room, size = lay_room(
         *taps, max(maps.heights), max(maps.widths), height, width, maps.inner, tags[1].itemsize, band
     )

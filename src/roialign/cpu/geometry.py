@@ -13,70 +13,107 @@ from .simd import get, load_one, size_of
 # Constants are NumPy numbers: Numba compiles a function anew for every Python int it is called with.
 ZERO, ONE = np.arange(2)
 
+# Axes, by which column of a RoI says where it starts: x is the first of a box and the last of a map.
+Z, Y, X = -ONE, ZERO, ONE
+
 # How a tensor lies in memory: where it is, its steps in bytes along each axis, its size; and of a map,
-# whether its RoIs are to be done. Images are RoIs and rows are rows of bins where it is a pooled tensor.
-AT, IMAGE_STEP, CHANNEL_STEP, ROW_STEP, COLUMN_STEP, HEIGHT, WIDTH, MINE = np.arange(8)
-MAP_COLUMNS = np.int64(8)
+# whether its RoIs are to be done, and how many slices its rows are those of: one, but of a volume. Images are
+# RoIs and rows are rows of bins where it is a pooled tensor.
+AT, IMAGE_STEP, CHANNEL_STEP, ROW_STEP, COLUMN_STEP, HEIGHT, WIDTH, MINE, SLICES = np.arange(9)
+MAP_COLUMNS = np.int64(9)
 
 
 class Problem(NamedTuple):
     """What the RoIs are and how they are pooled."""
 
-    rois: Any  # (K, 5) in the working precision
+    axes: Any  # 2, or of volumes 3
+    rois: Any  # (K, 1 + 2 * axes) in the working precision
     levels: Any  # (K,) or 0: then the staircase says
     n_levels: Any
     images: Any
     maps: Any  # (n_levels, MAP_COLUMNS)
-    scales: Any  # (n_levels,) in the working precision
+    scales: Any  # (n_levels, axes) in the working precision, in the order of the axes of a map
     thresholds: Any  # (n_steps,) in the working precision; see `levels.Staircase`
     order: Any  # (n_steps + 1,)
     n_steps: Any
-    bins_y: Any
+    bins_z: Any  # slices of bins
+    bins_y: Any  # rows of bins, of all slices
     bins_x: Any
     sampling_ratio: Any  # points per bin, 0 or `taps.EXACT`
     aligned: Any
+    derivative: Any  # 0 or a column of the rois
 
 
 @part
 def home_of(tag, problem, k):
     """The map `image * n_levels + level` of RoI k, or -1 if it cannot be pooled."""
-    number = type(tag)
+    number, axes = type(tag), problem.axes
     size = size_of(tag)
-    roi = problem.rois + 5 * size * k
-    image, x1, y1 = load_one(tag, roi), load_one(tag, roi + size), load_one(tag, roi + 2 * size)
-    x2, y2 = load_one(tag, roi + 3 * size), load_one(tag, roi + 4 * size)
+    roi = problem.rois + (1 + 2 * axes) * size * k
+    image, starts, ends = load_one(tag, roi), roi + size, roi + (1 + axes) * size
     if problem.levels:
         level = get(problem.levels, k)
     else:
-        step = ZERO
-        area = (x2 - x1) * (y2 - y1)
+        step, area = ZERO, load_one(tag, ends) - load_one(tag, starts)
+        for i in range(1, axes):
+            area *= load_one(tag, ends + i * size) - load_one(tag, starts + i * size)
         while step < problem.n_steps and area >= load_one(tag, problem.thresholds + step * size):
             step += 1
         level = get(problem.order, step)
-    if 0 <= level < problem.n_levels and image > number(-1) and image < number(problem.images):
-        scale = load_one(tag, problem.scales + size * level)
-        x1, y1, x2, y2 = x1 * scale, y1 * scale, x2 * scale, y2 * scale
-        if np.isfinite(x1) and np.isfinite(y1) and np.isfinite(x2 - x1) and np.isfinite(y2 - y1):
-            return np.int64(image) * problem.n_levels + level
-    return -ONE
+    if not (0 <= level < problem.n_levels and image > number(-1) and image < number(problem.images)):
+        return -ONE
+    for i in range(axes):
+        scale = load_one(tag, problem.scales + (axes * (level + 1) - 1 - i) * size)
+        low, high = load_one(tag, starts + i * size) * scale, load_one(tag, ends + i * size) * scale
+        if not (np.isfinite(low) and np.isfinite(high - low)):
+            return -ONE
+    return np.int64(image) * problem.n_levels + level
+
+
+class Along(NamedTuple):
+    """A RoI along an axis of its map."""
+
+    start: Any  # in cells
+    bin_size: Any
+    extent: Any  # of the map
+    bins: Any
+    sampling_ratio: Any
+    moved: Any  # whether it is a derivative along this axis that is laid,
+    start_rate: Any  # of the start of the first bin,
+    size_rate: Any  # and of the size of every bin
 
 
 @part
-def span_of(tag, problem, k, axis, level):
-    """Start and size of RoI k along an axis, 0 for y and 1 for x, in cells of the map."""
-    number = type(tag)
-    at = problem.rois + (5 * k + 2 - axis) * size_of(tag)
-    scale = load_one(tag, problem.scales + level * size_of(tag))
+def along(tag, problem, k, axis, level):
+    """RoI k along an axis."""
+    number, axes, size = type(tag), problem.axes, size_of(tag)
+    at = problem.rois + ((1 + 2 * axes) * k + 2 - axis) * size
+    scale = load_one(tag, problem.scales + (axes * (level + 1) - 2 + axis) * size)
     offset = number(0.5) if problem.aligned else number(0)
     start = load_one(tag, at) * scale - offset
-    size = load_one(tag, at + 2 * size_of(tag)) * scale - offset - start
-    return start, size if problem.aligned else max(size, number(1))
+    length = load_one(tag, at + axes * size) * scale - offset - start
+    bins, extent = _bins_and_extent(problem, axis, level)
+    whole = length if problem.aligned else max(length, number(1))
+    of_start, of_end = problem.derivative == 2 - axis, problem.derivative == 2 - axis + axes
+    start_rate = scale if of_start else number(0)
+    growth = scale if of_end else -start_rate
+    if not problem.aligned and length < number(1):
+        growth = number(0)
+    moved, share = of_start or of_end, number(bins)
+    ratio = problem.sampling_ratio
+    return Along(start, whole / share, extent, bins, ratio, moved, start_rate, growth / share)
 
 
 @part
-def extent_of(problem, axis, level):
-    """Cells of the map along an axis."""
-    return get(problem.maps, level * MAP_COLUMNS + HEIGHT + axis)
+def _bins_and_extent(problem, axis, level):
+    """Of an axis: bins, and cells of the map."""
+    m = level * MAP_COLUMNS
+    if axis == X:
+        return problem.bins_x, get(problem.maps, m + WIDTH)
+    slices = get(problem.maps, m + SLICES)
+    if axis == Y:
+        return problem.bins_y // problem.bins_z, get(problem.maps, m + HEIGHT) // slices
+    return problem.bins_z, slices
 
 
 @part
@@ -117,35 +154,78 @@ def _cell_below(tag, point, extent):
 
 
 @part
-def lay_bin(tag, start, bin_size, b, extent, sampling_ratio):
+def lay_bin(tag, a, b):
     """How many points of bin b to visit, and what `sample` must know of it; see `taps`."""
     number = type(tag)
-    bin_start = start + number(b) * bin_size
-    if sampling_ratio >= 0:
-        grid, first, visits = _visits(tag, bin_start, bin_size, extent, sampling_ratio)
-        return visits, bin_start, bin_size, grid, first
-    bin_end = start + number(b + 1) * bin_size
+    bin_start = a.start + number(b) * a.bin_size
+    if a.sampling_ratio >= 0:
+        grid, first, visits = _visits(tag, bin_start, a.bin_size, a.extent, a.sampling_ratio)
+        return visits, bin_start, a.bin_size, grid, first
+    bin_end = a.start + number(b + 1) * a.bin_size
     low, high = min(bin_start, bin_end), max(bin_start, bin_end)
     length = high - low
-    if not (high >= number(-1) and low <= number(extent)):
+    if not (high >= number(-1) and low <= number(a.extent)):
         return ZERO, low, high, length, low
     if length == 0:
         return ONE, low, high, length, low
-    low, high = max(low, number(-1)), min(high, number(extent))
+    low, high = max(low, number(-1)), min(high, number(a.extent))
     first = np.floor(low)
     visits = np.int64(np.ceil(high) - first) if low < high else ZERO
+    if a.moved and visits > 0:
+        visits += 2
     return visits, low, high, length, first
 
 
 @part
-def sample(tag, laid, i, extent, sampling_ratio):
-    """Of point i: the cell below it, or -1 if it misses the map, the share of the next, and its weight."""
+def sample(tag, a, b, laid, i):
+    """Of point i: the cell below it, or -1 if it adds nothing, and the weights of it and of the next."""
     number = type(tag)
     _, low, high, grid, first = laid
-    if sampling_ratio >= 0:
-        cell, share = low_cell(tag, low, high, grid, first + number(i), extent)
-        return cell, share, number(1) / grid
-    start = max(low, first + number(i))
-    stop = min(high, first + number(i + 1))
-    cell, share = _cell_below(tag, (start + stop) * number(0.5), extent)
-    return cell, share, (stop - start) / grid if grid > 0 else number(1)
+    if a.moved:
+        return _sample_moved(tag, a, b, laid, i)
+    if a.sampling_ratio >= 0:
+        cell, share = low_cell(tag, low, high, grid, first + number(i), a.extent)
+        weight = number(1) / grid
+    else:
+        start = max(low, first + number(i))
+        stop = min(high, first + number(i + 1))
+        cell, share = _cell_below(tag, (start + stop) * number(0.5), a.extent)
+        weight = (stop - start) / grid if grid > 0 else number(1)
+    return cell, (number(1) - share) * weight, share * weight
+
+
+@part
+def _sample_moved(tag, a, b, laid, i):
+    """Likewise of a derivative: of a grid by slopes at its points, of an integral by what is at its ends."""
+    number = type(tag)
+    visits, low, high, grid, first = laid
+    start_rate = a.start_rate + number(b) * a.size_rate
+    if a.sampling_ratio >= 0:
+        place = first + number(i) + number(0.5)
+        rate = (start_rate + place / grid * a.size_rate) / grid
+        return _slope(tag, low + place * high / grid, rate, a.extent)
+    end_rate = start_rate + a.size_rate
+    if grid == 0:
+        return _slope(tag, low, (start_rate + end_rate) / number(2), a.extent)
+    bin_start, bin_end = a.start + number(b) * a.bin_size, a.start + number(b + 1) * a.bin_size
+    if i == 0:
+        point, weight = bin_start, -start_rate
+    elif i == visits - 1:
+        point, weight = bin_end, end_rate
+    else:
+        start, stop = max(low, first + number(i - 1)), min(high, first + number(i))
+        point, weight = (start + stop) / number(2), (stop - start) / grid * (start_rate - end_rate)
+    if weight == 0 or not (point >= number(-1) and point <= number(a.extent)):
+        return -ONE, number(0), number(0)
+    weight /= bin_end - bin_start
+    cell, share = _cell_below(tag, point, a.extent)
+    return cell, (number(1) - share) * weight, share * weight
+
+
+@part
+def _slope(tag, point, rate, extent):
+    """Where the map is level, before its first cell and after its last, a slope adds nothing."""
+    if rate == 0 or not (point >= type(tag)(0) and point < type(tag)(extent)):
+        return -ONE, rate, rate
+    low = np.int64(point)
+    return (low if low < extent - 1 else -ONE), -rate, rate

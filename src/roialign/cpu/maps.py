@@ -5,6 +5,7 @@ Most calls are like one before in everything but addresses, so the rest is worke
 
 import functools
 import itertools
+import math
 from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -42,9 +43,14 @@ def describe(t: Tensor) -> "array[int]":
     return array("q", (t.data_ptr(), *_row(layout(t))))
 
 
-def describe_maps(features: Sequence[Tensor], layouts: tuple[Layout, ...], mine: tuple[bool, ...]) -> Maps:
-    """The maps of such layouts, of which those count that are `mine`."""
-    maps = _maps(layouts, mine)
+def describe_maps(
+    features: Sequence[Tensor],
+    layouts: tuple[Layout, ...],
+    slices: tuple[int, ...] | None,
+    mine: tuple[bool, ...],
+) -> Maps:
+    """The maps of such layouts, of which those count that are `mine`; of volumes with so many slices."""
+    maps = _maps(layouts, slices, mine)
     rows = maps.rows[:]
     for i, feature in enumerate(features):
         rows[i * int(geometry.MAP_COLUMNS)] = feature.data_ptr()
@@ -52,10 +58,10 @@ def describe_maps(features: Sequence[Tensor], layouts: tuple[Layout, ...], mine:
 
 
 @functools.lru_cache(256)
-def _maps(layouts: tuple[Layout, ...], mine: tuple[bool, ...]) -> Maps:
+def _maps(layouts: tuple[Layout, ...], slices: tuple[int, ...] | None, mine: tuple[bool, ...]) -> Maps:
     rows = array("q")
-    for each, m in zip(layouts, mine, strict=True):
-        rows.extend((0, *_row(each), m))
+    for each, m, n in zip(layouts, mine, slices or (1,) * len(mine), strict=True):
+        rows.extend((0, *_row(each), m, n))
     images, channels = layouts[0][0][:2]
     heights, widths = (tuple(shape[axis] for shape, *_ in layouts) for axis in (2, 3))
     first = array("q", itertools.accumulate(heights * images, initial=0))
@@ -87,23 +93,27 @@ def at(numbers: "array[Any]") -> int:
 
 def pose(rois: Tensor, levels: Tensor | None, maps: Maps, pooling: Any) -> tuple[geometry.Problem, object]:
     """What the kernels are told of the RoIs, and what owns the constants in it."""
-    size, scales, ratio, aligned, thresholds, order = pooling
+    size, scales, ratio, aligned, thresholds, order, _, derivative = pooling
+    maps_and_axes = len(maps.mine), len(size)
     constants = own_scales, own_thresholds, own_order = _constants(
-        tuple(scales), tuple(thresholds), tuple(order), rois.dtype
+        tuple(scales), *maps_and_axes, tuple(thresholds), tuple(order), rois.dtype
     )
     # All of them integers, as in a job: else parts are compiled for both.
     problem = geometry.Problem(
-        rois.data_ptr(), 0 if levels is None else levels.data_ptr(), len(maps.mine), maps.images,
-        at(maps.rows), at(own_scales), at(own_thresholds), at(own_order),
-        len(thresholds), size[0], size[1], ratio, int(aligned),
+        len(size), rois.data_ptr(), 0 if levels is None else levels.data_ptr(), len(maps.mine), maps.images,
+        at(maps.rows), at(own_scales), at(own_thresholds), at(own_order), len(thresholds),
+        1 if len(size) == 2 else size[0], math.prod(size[:-1]), size[-1], ratio, int(aligned), derivative,
     )  # fmt: skip
     return problem, constants
 
 
 @functools.lru_cache(256)
 def _constants(
-    scales: tuple[float, ...], thresholds: tuple[float, ...], order: tuple[int, ...], dtype: torch.dtype
-) -> tuple["array[Any]", "array[Any]", "array[int]"]:
-    """Scales and thresholds in the working precision, and the order of the maps."""
+    scales: tuple[float, ...], maps: int, axes: int, thresholds: tuple[float, ...], order: tuple[int, ...],
+    dtype: torch.dtype,
+) -> tuple["array[Any]", "array[Any]", "array[int]"]:  # fmt: skip
+    """Scales of each axis and thresholds in the working precision, and the order of the maps."""
     code = "f" if dtype == torch.float32 else "d"
+    if len(scales) == maps:
+        scales = tuple(scale for scale in scales for _ in range(axes))
     return array(code, scales), array(code, thresholds), array("q", order)

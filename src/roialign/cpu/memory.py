@@ -11,6 +11,7 @@ from what the collector runs - has another.
 
 import contextlib
 import ctypes
+import math
 import mmap
 import os
 import sys
@@ -22,6 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from ..layout import empty as plain_empty
 
 _SMALL = 4 * 2**20
 _TABLES = 32 * 2**20
@@ -44,17 +47,16 @@ _arenas: deque[Block] = deque()
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, channels_last: bool) -> Tensor:
     """A tensor to be filled; see `reference.empty`."""
-    images, channels, height, width = shape
-    size = images * channels * height * width * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     if size < _SMALL:
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        return torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
+        return plain_empty(shape, dtype, device, channels_last)
     block = _take(size)
     array: NDArray[np.generic]
     if channels_last:
-        array = np.ndarray((images, height, width, channels), _ARRAY_TYPE[dtype], block).transpose(0, 3, 1, 2)
+        images, channels, *axes = shape
+        array = np.moveaxis(np.ndarray((images, *axes, channels), _ARRAY_TYPE[dtype], block), -1, 1)
     else:
-        array = np.ndarray((images, channels, height, width), _ARRAY_TYPE[dtype], block)
+        array = np.ndarray(tuple(shape), _ARRAY_TYPE[dtype], block)
     weakref.finalize(array, _give_back, block).atexit = False
     tensor = torch.from_numpy(array)  # keeps the array until the last tensor on this memory dies
     return tensor.view(dtype) if tensor.dtype != dtype else tensor

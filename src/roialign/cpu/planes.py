@@ -24,6 +24,8 @@ from .geometry import (
     WIDTH,
     ZERO,
     Problem,
+    X,
+    Y,
     home_of,
 )
 from .jit import c_kernel, part
@@ -100,14 +102,14 @@ def run(job, memory, source, working, result):
             m = problem.maps + 8 * level * MAP_COLUMNS
             if home < 0:
                 put(job, 1, ONE)
-                _lose(tag, out_tag, out, k, channels)
+                _lose(tag, problem, out_tag, out, k, channels)
             elif get(m, MINE) and pointwise:
                 if piece == 0:
                     src = get(m, AT) + home // problem.n_levels * get(m, IMAGE_STEP)
                     pool_points(src_tag, src, m, tag, out_tag, out, problem, k, level, channels, ys, xs)
             elif get(m, MINE):
-                fill_axis(tag, problem, k, ZERO, level, problem.bins_y, ys, ZERO, room.place)
-                fill_axis(tag, problem, k, ONE, level, problem.bins_x, xs, ZERO, room.place)
+                fill_axis(tag, problem, k, Y, level, ys, ZERO, room.place)
+                fill_axis(tag, problem, k, X, level, xs, ZERO, room.place)
                 src = get(m, AT) + home // problem.n_levels * get(m, IMAGE_STEP)
                 inner = side_by_side(src_tag, m, channels)
                 lines = channels // max(inner, ONE) * problem.bins_y
@@ -121,11 +123,11 @@ def run(job, memory, source, working, result):
 
 
 @part
-def _lose(tag, out_tag, out, k, channels):
-    """A RoI that cannot be pooled is NaN. A result has no gaps."""
+def _lose(tag, problem, out_tag, out, k, channels):
+    """A RoI that cannot be pooled is NaN, and its derivative zero. A result has no gaps."""
     to = get(out, AT) + k * get(out, IMAGE_STEP)
     for i in range(channels * get(out, HEIGHT) * get(out, WIDTH)):
-        store_one(out_tag, to + i * size_of(out_tag), type(tag)(np.nan))
+        store_one(out_tag, to + i * size_of(out_tag), type(tag)(0 if problem.derivative else np.nan))
 
 
 @part

@@ -24,6 +24,8 @@ from .geometry import (
     WIDTH,
     ZERO,
     Problem,
+    X,
+    Y,
 )
 from .jit import c_kernel, part
 from .jobs import scratch_in, unpack
@@ -151,10 +153,10 @@ def run(job, memory, target, working, gradient):
         zero_run(tag, room.band, planes * (high - low) * (step // size_of(tag)))
         for i in range(start, stop):
             k = get(order, i)
-            fill_axis(tag, problem, k, ZERO, level, problem.bins_y, ys, ZERO, room.place)
+            fill_axis(tag, problem, k, Y, level, ys, ZERO, room.place)
             p0, p1 = _rows_of_bins_inside(ys, problem.bins_y, low, high, step, room)
             if p0 < p1:
-                fill_axis(tag, problem, k, ONE, level, problem.bins_x, xs, ZERO, room.place)
+                fill_axis(tag, problem, k, X, level, xs, ZERO, room.place)
                 _add(
                     grad_tag, grad, k, channels, get(task, CHANNEL), planes, inner, p0, p1,
                     tag, step // size_of(tag), (high - low) * step, ys, xs, room,

@@ -5,9 +5,9 @@ cells around each of its points. Backward, a thread owns a band of rows of every
 they come: it adds what they give to its own rows, and so no order of sums hangs on the number of threads.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ..schema import Pooling
 from .geometry import (
     AT,
     CHANNEL_STEP,
@@ -21,10 +21,11 @@ from .geometry import (
     WIDTH,
     ZERO,
     Problem,
-    extent_of,
+    X,
+    Y,
+    along,
     home_of,
     low_cell,
-    span_of,
 )
 from .jit import c_kernel, part
 from .jobs import scratch_in, unpack
@@ -35,33 +36,32 @@ from .tables import AxisAt
 MOST = 16  # points of a RoI, from where on tables are faster with as few as three channels
 
 
-def are_few(channels: int, bins: Sequence[int], sampling_ratio: int) -> bool:
+def are_few(channels: int, pooling: Pooling) -> bool:
     """Whether to go point by point.
 
     No RoI, no strides and no other channel have a part in it, so they change no bit. From 16 channels on
     many RoIs go another way, which must give the same bits as that of few.
     """
-    points = bins[0] * bins[1] * sampling_ratio * sampling_ratio
-    return channels < int(LANES) and sampling_ratio > 0 and points <= MOST
+    bins, ratio = pooling.output_size, pooling.sampling_ratio
+    fitting = channels < int(LANES) and ratio > 0 and len(bins) == 2 and not pooling.derivative
+    return fitting and bins[0] * bins[1] * ratio * ratio <= MOST
 
 
 @part
-def lay_points(tag, problem, k, axis, level, bins, step, table):
+def lay_points(tag, problem, k, axis, level, step, table):
     """Of every point of RoI k along an axis: where the cells on either side lie, -1 if it misses the map.
 
     Their weights are the point's share of its bin.
     """
-    number = type(tag)
-    ratio, extent = problem.sampling_ratio, extent_of(problem, axis, level)
-    start, size = span_of(tag, problem, k, axis, level)
-    bin_size, share_of_point = size / number(bins), number(1) / number(ratio)
+    number, ratio, a = type(tag), problem.sampling_ratio, along(tag, problem, k, axis, level)
+    share_of_point = number(1) / number(ratio)
     at = ZERO
-    for b in range(bins):
-        bin_start = start + number(b) * bin_size
+    for b in range(a.bins):
+        bin_start = a.start + number(b) * a.bin_size
         for i in range(ratio):
-            low, share = low_cell(tag, bin_start, bin_size, number(ratio), number(i), extent)
+            low, share = low_cell(tag, bin_start, a.bin_size, number(ratio), number(i), a.extent)
             # On the last cell there is no other: it is both, so that an infinite one is not multiplied by 0.
-            last = low == extent - 1
+            last = low == a.extent - 1
             share = number(0.5) if last else share
             put(table.taps, at, low * step if low >= 0 else low)
             put(table.cells, at, (low + ONE - last) * step)
@@ -74,8 +74,8 @@ def lay_points(tag, problem, k, axis, level, bins, step, table):
 def pool_points(src_tag, src, m, tag, out_tag, out, problem, k, level, channels, ys, xs):
     """Pool RoI k."""
     height, width, ratio, size = get(out, HEIGHT), get(out, WIDTH), problem.sampling_ratio, size_of(tag)
-    lay_points(tag, problem, k, ZERO, level, height, get(m, ROW_STEP), ys)
-    lay_points(tag, problem, k, ONE, level, width, get(m, COLUMN_STEP), xs)
+    lay_points(tag, problem, k, Y, level, get(m, ROW_STEP), ys)
+    lay_points(tag, problem, k, X, level, get(m, COLUMN_STEP), xs)
     to = get(out, AT) + k * get(out, IMAGE_STEP)
     channel_step, row_step, bin_step = get(out, CHANNEL_STEP), get(out, ROW_STEP), get(out, COLUMN_STEP)
     map_step = get(m, CHANNEL_STEP)
@@ -150,8 +150,8 @@ def run_backward(job, memory, target, working, gradient):
             if home >= 0 and get(m, MINE):
                 dst = get(m, AT) + home // problem.n_levels * get(m, IMAGE_STEP)
                 top, bottom = _rows_of(m, band, bands)
-                lay_points(tag, problem, k, ZERO, level, problem.bins_y, get(m, ROW_STEP), ys)
-                lay_points(tag, problem, k, ONE, level, problem.bins_x, get(m, COLUMN_STEP), xs)
+                lay_points(tag, problem, k, Y, level, get(m, ROW_STEP), ys)
+                lay_points(tag, problem, k, X, level, get(m, COLUMN_STEP), xs)
                 _add(grad_tag, grad, k, channels, tag, dst, m, problem.sampling_ratio, ys, xs, top, bottom)
         band = fetch_add(job)
 

@@ -54,10 +54,11 @@ def fill_tables(survey: Survey, lo: int, stop: int, maps: Maps, room: int, arena
     """Fill tables for the RoIs from number `lo` in their order on: as many as there is room for."""
     problem, tag = survey.problem, survey.tag
     n, order = stop - lo, survey.order + 8 * lo
+    y_room = x_room = 0
     if problem.sampling_ratio > 0:
-        y_taps, x_taps = (2 * problem.sampling_ratio * bins for bins in (problem.bins_y, problem.bins_x))
-        n = min(n, max(1, room // (y_taps + x_taps)))
-        y_taps, x_taps = n * y_taps, n * x_taps
+        y_room, x_room = tables.room_of_rows(problem), 2 * problem.sampling_ratio * problem.bins_x
+        n = min(n, max(1, room // (y_room + x_room)))
+        y_taps, x_taps = n * y_room, n * x_room
         y_base, x_base = arena.take(8 * (n + 1)), arena.take(8 * (n + 1))
     else:
         y_base, x_base = arena.take(8 * (n + 1)), arena.take(8 * (n + 1))
@@ -65,17 +66,16 @@ def fill_tables(survey: Survey, lo: int, stop: int, maps: Maps, room: int, arena
     ys = _axis(y_base, n, n * (problem.bins_y + 1), y_taps, tag, arena)
     xs = _axis(x_base, n, n * (problem.bins_x + 1), x_taps, tag, arena)
     homes, place = arena.take(8 * n), arena.take(8 * maps.longest)
-    most = tables.fill(tag, problem, order, n, ys, xs, homes, place, maps.longest)
+    most = tables.fill(tag, problem, order, n, y_room, x_room, ys, xs, homes, place, maps.longest)
     return Tables(ys, xs, homes, n, y_taps + x_taps, *most)
 
 
-def most_taps(problem: geometry.Problem, tag: Any, order: int, n: int, pooling: Pooling) -> tuple[int, int]:
+def most_taps(problem: geometry.Problem, tag: Any, order: int, n: int) -> tuple[int, int]:
     """Room for the most taps that one of some RoIs has along y and x; see `tables.most_taps`."""
-    if pooling.sampling_ratio <= 0:
+    if problem.sampling_ratio <= 0:
         y_taps, x_taps = tables.most_taps(tag, problem, order, n)
         return y_taps, x_taps
-    y_bins, x_bins = pooling.output_size
-    return 2 * pooling.sampling_ratio * y_bins, 2 * pooling.sampling_ratio * x_bins
+    return tables.room_of_rows(problem), 2 * problem.sampling_ratio * problem.bins_x
 
 
 def _axis(base: int, rois: int, starts: int, taps: int, tag: Any, arena: Arena) -> tables.AxisAt:

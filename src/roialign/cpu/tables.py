@@ -4,14 +4,15 @@ The tables are computed once per call and used for every channel. First all RoIs
 order, map by map and on a map by the first row that they touch; then the tables are filled for as many RoIs
 at a time as there is room for. Along one axis of one RoI they list the `cells` of the map that sampling
 points touch, in ascending order, and for each bin the taps: places in that list, and weights. Taps of one
-bin on one cell are added up. For backward `turn_around` makes of them, for each cell, bins and weights.
+bin on one cell are added up. The rows of a volume are those of all its slices, and their taps the products of
+those along z and y. For backward `turn_around` makes of them, for each cell, bins and weights.
 
 Arrays are named by address, as in `simd.py`; `tag` is a number of the working precision.
 """
 
 from typing import Any, NamedTuple
 
-from .geometry import MAP_COLUMNS, MINE, ONE, ZERO, extent_of, home_of, lay_bin, sample, span_of
+from .geometry import HEIGHT, MAP_COLUMNS, MINE, ONE, SLICES, ZERO, X, Y, Z, along, home_of, lay_bin, sample
 from .jit import kernel, part
 from .simd import get, load_one, put, size_of, store_one
 
@@ -68,16 +69,25 @@ def survey(tag, problem, n, keys, rows, homes, spans, counts):
 @part
 def _rows_touched(tag, problem, k, level):
     """The first and the last row of the map that RoI k touches; the last is -1 if it touches none."""
-    start, size = span_of(tag, problem, k, ZERO, level)
-    extent = extent_of(problem, ZERO, level)
-    bin_size = size / type(tag)(problem.bins_y)
+    first, last = _cells_touched(tag, along(tag, problem, k, Y, level))
+    if problem.axes == 3:
+        first_slice, last_slice = _cells_touched(tag, along(tag, problem, k, Z, level))
+        m = level * MAP_COLUMNS
+        rows = get(problem.maps, m + HEIGHT) // get(problem.maps, m + SLICES)
+        touched = last >= 0 and last_slice >= 0
+        first, last = first_slice * rows + first, last_slice * rows + last if touched else -ONE
+    return first, last
+
+
+@part
+def _cells_touched(tag, a):
     lowest, highest = ONE << 40, -ONE
-    for b in range(problem.bins_y):
-        laid = lay_bin(tag, start, bin_size, b, extent, problem.sampling_ratio)
+    for b in range(a.bins):
+        laid = lay_bin(tag, a, b)
         for i in range(laid[0]):
-            low, _share, _weight = sample(tag, laid, i, extent, problem.sampling_ratio)
+            low, _weight, _next = sample(tag, a, b, laid, i)
             if low >= 0:
-                lowest, highest = min(lowest, low), max(highest, min(low + 1, extent - 1))
+                lowest, highest = min(lowest, low), max(highest, min(low + 1, a.extent - 1))
     return lowest, highest
 
 
@@ -113,8 +123,8 @@ def measure(tag, problem, order, n, room, y_base, x_base):
     for i in range(n):
         k = get(order, i)
         level = home_of(tag, problem, k) % problem.n_levels
-        y_taps = _count(tag, problem, k, ZERO, level, problem.bins_y)
-        x_taps = _count(tag, problem, k, ONE, level, problem.bins_x)
+        y_taps = _count_rows(tag, problem, k, level)
+        x_taps = _count(tag, along(tag, problem, k, X, level))
         if i and ys + xs + y_taps + x_taps > room:
             return i, ys, xs
         ys, xs = ys + y_taps, xs + x_taps
@@ -135,114 +145,162 @@ def most_taps(tag, problem, order, n):
         home = home_of(tag, problem, k)
         if home >= 0:
             level = home % problem.n_levels
-            ys = max(ys, _count(tag, problem, k, ZERO, level, problem.bins_y))
-            xs = max(xs, _count(tag, problem, k, ONE, level, problem.bins_x))
+            ys = max(ys, _count_rows(tag, problem, k, level))
+            xs = max(xs, _count(tag, along(tag, problem, k, X, level)))
     return ys, xs
 
 
 @part
-def _count(tag, problem, k, axis, level, bins):
-    start, size = span_of(tag, problem, k, axis, level)
-    extent = extent_of(problem, axis, level)
-    bin_size = size / type(tag)(bins)
+def _count(tag, a):
     total = ZERO
-    for b in range(bins):
-        total += 2 * lay_bin(tag, start, bin_size, b, extent, problem.sampling_ratio)[0]
+    for b in range(a.bins):
+        total += 2 * lay_bin(tag, a, b)[0]
     return total
 
 
+@part
+def _count_rows(tag, problem, k, level):
+    y_taps = _count(tag, along(tag, problem, k, Y, level))
+    if problem.axes == 2:
+        return y_taps
+    z_taps = _count(tag, along(tag, problem, k, Z, level))
+    return z_taps * y_taps + z_taps + y_taps + problem.bins_z + problem.bins_y // problem.bins_z + 2
+
+
+def room_of_rows(problem: Any) -> int:
+    """Likewise of a grid of fixed ratio, where it is the same for all RoIs; of `_fill_volume`."""
+    ratio, bins_z, bins_y = problem.sampling_ratio, problem.bins_z, problem.bins_y
+    if problem.axes == 2:
+        return int(2 * ratio * bins_y)
+    z_taps, y_taps = 2 * ratio * bins_z, 2 * ratio * (bins_y // bins_z)
+    return int(z_taps * y_taps + z_taps + y_taps + bins_z + bins_y // bins_z + 2)
+
+
 @kernel
-def fill(tag, problem, order, n, ys, xs, homes, place, longest):
-    """Fill the tables of both axes and the map of each RoI; their bases too, unless the grid is adaptive.
+def fill(tag, problem, order, n, y_room, x_room, ys, xs, homes, place, longest):
+    """Fill the tables of both axes and the map of each RoI; their bases too, where each has the same room.
 
     `place` is scratch, one entry per cell of the longest axis of all maps. Returns the most rows and the most
     columns that a RoI touches, and the most taps that it has along x.
     """
     for cell in range(longest):
         put(place, cell, -ONE)
-    ratio = problem.sampling_ratio
-    for i in range(n + 1 if ratio > 0 else ZERO):
-        put(ys.base, i, 2 * ratio * problem.bins_y * i)
-        put(xs.base, i, 2 * ratio * problem.bins_x * i)
+    for i in range(n + 1 if y_room else ZERO):
+        put(ys.base, i, y_room * i)
+        put(xs.base, i, x_room * i)
     rows = columns = taps = ZERO
     for i in range(n):
         k = get(order, i)
         home = home_of(tag, problem, k)
         put(homes, i, home)
         level = home % problem.n_levels
-        rows = max(rows, fill_axis(tag, problem, k, ZERO, level, problem.bins_y, ys, i, place))
-        columns = max(columns, fill_axis(tag, problem, k, ONE, level, problem.bins_x, xs, i, place))
+        rows = max(rows, fill_axis(tag, problem, k, Y, level, ys, i, place))
+        columns = max(columns, fill_axis(tag, problem, k, X, level, xs, i, place))
         taps = max(taps, get(xs.start, i * (problem.bins_x + 1) + problem.bins_x))
     return rows, columns, taps
 
 
 @part
-def fill_axis(tag, problem, k, axis, level, bins, table, i, place):
+def fill_axis(tag, problem, k, axis, level, table, i, place):
     """The tables of RoI k, as number i of its table; returns how many cells it touches."""
-    start, size = span_of(tag, problem, k, axis, level)
-    starts, base = table.start + 8 * i * (bins + 1), get(table.base, i)
-    taps, weights = table.taps + 8 * base, table.weights + size_of(tag) * base
-    extent, ratio, cells = extent_of(problem, axis, level), problem.sampling_ratio, table.cells + 8 * base
-    touched = _fill_rising(tag, start, size, bins, extent, ratio, starts, taps, weights, cells)
-    if touched < 0:
-        _fill_bins(tag, start, size, bins, extent, ratio, starts, taps, weights)
-        touched = _list_cells(taps, get(starts, bins), cells, place)
+    bins, base = problem.bins_x if axis == X else problem.bins_y, get(table.base, i)
+    starts, taps, cells = table.start + 8 * i * (bins + 1), table.taps + 8 * base, table.cells + 8 * base
+    weights = table.weights + size_of(tag) * base
+    if axis == Y and problem.axes == 3:
+        touched = _fill_volume(tag, problem, k, level, starts, taps, weights, cells, place)
+    else:
+        touched = _fill(tag, along(tag, problem, k, axis, level), starts, taps, weights, cells, place)
     put(table.touched, i, touched)
     return touched
 
 
 @part
-def _fill_rising(tag, start, size, bins, extent, sampling_ratio, starts, taps, weights, cells):
+def _fill(tag, a, starts, taps, weights, cells, place):
+    touched = _fill_rising(tag, a, starts, taps, weights, cells)
+    if touched < 0:
+        _fill_bins(tag, a, starts, taps, weights)
+        touched = _list_cells(taps, get(starts, a.bins), cells, place)
+    return touched
+
+
+@part
+def _fill_volume(tag, problem, k, level, starts, taps, weights, cells, place):
+    """The rows of all slices: products of the tables along z and y, which lie behind them."""
+    size, z, y = size_of(tag), along(tag, problem, k, Z, level), along(tag, problem, k, Y, level)
+    z_room, y_room = _count(tag, z), _count(tag, y)
+    z_at, y_at = z_room * y_room, z_room * y_room + z_room
+    z_starts = taps + 8 * (y_at + y_room)
+    y_starts = z_starts + 8 * (z.bins + 1)
+    z_taps, y_taps, z_cells, y_cells = taps + 8 * z_at, taps + 8 * y_at, cells + 8 * z_at, cells + 8 * y_at
+    z_weights, y_weights = weights + size * z_at, weights + size * y_at
+    slices = _fill(tag, z, z_starts, z_taps, z_weights, z_cells, place)
+    rows = _fill(tag, y, y_starts, y_taps, y_weights, y_cells, place)
+    for s in range(slices):
+        for r in range(rows):
+            put(cells, s * rows + r, get(z_cells, s) * y.extent + get(y_cells, r))
+    n = ZERO
+    for b in range(z.bins * y.bins):
+        put(starts, b, n)
+        p, q = b // y.bins, b % y.bins
+        for s in range(get(z_starts, p), get(z_starts, p + 1)):
+            of_slice, weight = get(z_taps, s) * rows, load_one(tag, z_weights + s * size)
+            for r in range(get(y_starts, q), get(y_starts, q + 1)):
+                put(taps, n, of_slice + get(y_taps, r))
+                store_one(tag, weights + n * size, weight * load_one(tag, y_weights + r * size))
+                n += 1
+    put(starts, z.bins * y.bins, n)
+    return slices * rows
+
+
+@part
+def _fill_rising(tag, a, starts, taps, weights, cells):
     """Both lists in one pass, if no sampling point lies on a cell below that of the one before it; else -1.
 
     A cell is then the last in its list or the one before that, or else it is new.
     """
     number = type(tag)
-    bin_size = size / number(bins)
     n = touched = before = ZERO
     last = -ONE  # the cell listed last
-    for b in range(bins):
+    for b in range(a.bins):
         put(starts, b, n)
-        laid = lay_bin(tag, start, bin_size, b, extent, sampling_ratio)
+        laid = lay_bin(tag, a, b)
         newest = -ONE  # the cell of the bin's last tap
         for i in range(laid[0]):
-            low, share, share_of_point = sample(tag, laid, i, extent, sampling_ratio)
+            low, of_low, of_high = sample(tag, a, b, laid, i)
             if low >= 0:
                 if low < before:
                     return -ONE
                 before = low
-                high = min(low + 1, extent - 1)
-                for cell, weight in ((low, number(1) - share), (high, share)):
+                high = min(low + 1, a.extent - 1)
+                for cell, weight in ((low, of_low), (high, of_high)):
                     touched = max(touched, touched + min(cell - last, ONE))
                     last = max(last, cell)
                     put(cells, touched - 1 - (last - cell), cell)
                     known = cell <= newest
                     t = n - 1 - (newest - cell) if known else n
                     at = weights + t * size_of(tag)
-                    store_one(tag, at, weight * share_of_point + (load_one(tag, at) if known else number(0)))
+                    store_one(tag, at, weight + (load_one(tag, at) if known else number(0)))
                     put(taps, t, touched - 1 - (last - cell))
                     n = max(n, t + 1)
                     newest = max(newest, cell)
-    put(starts, bins, n)
+    put(starts, a.bins, n)
     return touched
 
 
 @part
-def _fill_bins(tag, start, size, bins, extent, sampling_ratio, starts, taps, weights):
+def _fill_bins(tag, a, starts, taps, weights):
     """The taps of each bin; two on one cell, which are neighbours in the list, are added up."""
-    number = type(tag)
-    bin_size = size / number(bins)
     n = ZERO
-    for b in range(bins):
+    for b in range(a.bins):
         put(starts, b, n)
-        laid = lay_bin(tag, start, bin_size, b, extent, sampling_ratio)
+        laid = lay_bin(tag, a, b)
         opened = n
         for i in range(laid[0]):
-            low, share, weight = sample(tag, laid, i, extent, sampling_ratio)
+            low, of_low, of_high = sample(tag, a, b, laid, i)
             if low >= 0:
-                n = _add_tap(tag, taps, weights, opened, n, low, (number(1) - share) * weight)
-                n = _add_tap(tag, taps, weights, opened, n, min(low + 1, extent - 1), share * weight)
-    put(starts, bins, n)
+                n = _add_tap(tag, taps, weights, opened, n, low, of_low)
+                n = _add_tap(tag, taps, weights, opened, n, min(low + 1, a.extent - 1), of_high)
+    put(starts, a.bins, n)
 
 
 @part

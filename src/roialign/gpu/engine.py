@@ -82,7 +82,7 @@ def forward(
 
     A small launch writes where the bins read, for as many RoIs as there is room for; then these are pooled.
     """
-    if _too_wide(features, rois.dtype):
+    if not _serves(features, rois.dtype, pooling):
         reference.forward(out, features, rois, levels, pooling)
         return
     in_runs = pooling.sampling_ratio <= 0
@@ -175,7 +175,7 @@ def backward(
     tiles of the maps. Then each tile is summed up by programs of its own, in the order of the RoIs: no
     atomics, and no zeros written first. Tiles of coarse maps are summed in parts, which a last launch adds.
     """
-    if _too_wide(grads, rois.dtype) or math.prod(grad.shape[1:]) >= 2**31:
+    if not _serves(grads, rois.dtype, pooling) or math.prod(grad.shape[1:]) >= 2**31:
         reference.backward(grads, grad, rois, levels, pooling)
         return
     height, width = _largest(grads)
@@ -335,9 +335,11 @@ def _registers(device: torch.device, dtype: torch.dtype, most: int) -> dict[str,
     return {"maxnreg": 255 if dtype == torch.float64 else most} if nvidia else {}
 
 
-def _too_wide(maps: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether a map has cells that the kernels, which count them in floats, cannot tell apart."""
-    return dtype == torch.float32 and max(max(m.shape[2:]) for m in maps) > 2**24
+def _serves(maps: Sequence[Tensor], dtype: torch.dtype, pooling: Pooling) -> bool:
+    """Whether there are kernels: not for volumes, nor where cells, counted in floats, are too many."""
+    if maps[0].dim() == 5 or pooling.derivative or len(pooling.scales) != len(maps):
+        return False
+    return dtype == torch.float64 or max(max(m.shape[2:]) for m in maps) <= 2**24
 
 
 def _describe(maps: Sequence[Tensor]) -> tuple[tuple[Any, ...], ...]:
