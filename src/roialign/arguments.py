@@ -16,6 +16,8 @@ from .levels import log2_strides
 from .taps import EXACT
 from .values import integer_of, items, sequence, shown, values_of
 
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)  # what nearly all give
+
 
 def check_integer(argument: str, value: Any) -> int:
     """A whole number; a symbolic one stays symbolic."""
@@ -130,6 +132,8 @@ def check_scales(scales: Iterable[Any], maps: int, axes: int = 2) -> list[float]
     scales = items("scales", scales, "a list with a number per map")
     if len(scales) != maps:
         raise ValueError(f"scales must hold one number per map, got {len(scales)} for {maps} maps")
+    if all(isinstance(s, _NUMBERS) for s in scales):
+        return [check_positive("each of scales", s) for s in scales]
     checked = [check_scale("each of scales", s, axes) for s in scales]
     if max([len(of_map) for of_map in checked]) == 1:
         return [scale for of_map in checked for scale in of_map]
@@ -138,7 +142,7 @@ def check_scales(scales: Iterable[Any], maps: int, axes: int = 2) -> list[float]
 
 def check_scale(argument: str, scale: Any, axes: int | None = None) -> list[float]:
     """A positive number, or one for each axis of a map; None: of maps that are yet to come."""
-    if isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):  # nearly always
+    if isinstance(scale, _NUMBERS):
         return [check_positive(argument, scale)]
     if isinstance(scale, (list, tuple)) or getattr(scale, "ndim", 0) == 1:
         of_axes = items(argument, scale, "a number, or one per axis")

@@ -48,3 +48,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, channe
 def rows_of(t: Tensor) -> Tensor:
     """A volume as a map `(N, C, D * H, W)`, a copy where strides ask for it; a map as it is."""
     return t.flatten(2, 3) if t.dim() == 5 else t
+
+
+def view_of_rows(t: Tensor) -> Tensor:
+    """Likewise, for writing: an error where it would be a copy."""
+    images, channels, depth, height, width = t.shape
+    return t.view(images, channels, depth * height, width)

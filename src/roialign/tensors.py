@@ -10,8 +10,9 @@ from .rois import in_dtype
 from .schema import DTYPES
 from .values import advice_for, items, layout_shown
 
-# Of maps with one, two and three axes: how they and their boxes are laid out.
+# Of maps with one, two and three axes: how they are laid out, and how boxes are given.
 SHAPES = "(N, C, H, W), or of a volume (N, C, D, H, W), or of a sequence (N, C, T)"
+_PER_IMAGE = {n: f"a list with a tensor (L, {n}) per image" for n in (2, 4, 6)}
 
 
 def check_features(
@@ -41,7 +42,8 @@ def check_features(
         shape = f.shape
         if not 3 <= len(shape) <= 5:
             raise ValueError(f"{label(i)} must have shape {SHAPES}, got {tuple(shape)}")
-        if min(shape[2:]) < 1:
+        images, channels, *size = shape
+        if 0 in size:
             raise ValueError(f"{label(i)} must have at least one cell along each axis, got {tuple(shape)}")
         if i == 0:
             continue
@@ -49,10 +51,10 @@ def check_features(
             raise ValueError(
                 f"{label(i)} must have the axes of {label(0)}, {tuple(first.shape)}, got {tuple(shape)}"
             )
-        if shape[0] != first.shape[0] or shape[1] != first.shape[1]:
+        if images != first.shape[0] or channels != first.shape[1]:
             raise ValueError(
                 f"{label(i)} must have the images and channels of {label(0)}, "
-                f"({first.shape[0]}, {first.shape[1]}), got ({shape[0]}, {shape[1]})"
+                f"({first.shape[0]}, {first.shape[1]}), got ({images}, {channels})"
             )
         if f.device != first.device:
             raise ValueError(
@@ -101,7 +103,7 @@ def check_boxes_of_images(boxes: Any, features: list[Tensor], maps: str) -> list
     images, columns = features[0].shape[0], 2 * (features[0].dim() - 2)
     if hasattr(boxes, "ndim"):
         boxes = _boxes_in_one("boxes", boxes, images, columns)
-    boxes = items("boxes", boxes, f"a list with a tensor (L, {columns}) per image")
+    boxes = items("boxes", boxes, _PER_IMAGE[columns])
     checked = []
     for i, b in enumerate(boxes):
         corners = b if type(b) is Tensor else _corners(f"boxes[{i}]", b, features[0].device)
@@ -121,7 +123,7 @@ def are_boxes_of_images(boxes: Tensor, axes: int) -> bool:
 
 def _boxes_in_one(label: str, boxes: Any, images: int, columns: int) -> list[Any]:
     """The boxes of each image, where one tensor or array has those of all."""
-    rule = f"a list with a tensor (L, {columns}) per image"
+    rule = _PER_IMAGE[columns]
     if getattr(boxes, "is_nested", False):
         raise TypeError(f"{label} must be {rule}, got {layout_shown(boxes)}")
     if boxes.ndim == 3 and boxes.shape[2] == columns:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..layout import rows_of
+from ..layout import rows_of, view_of_rows
 from ..schema import Pooling
 from . import backward as backward_kernel
 from . import direct as direct_kernel
@@ -60,7 +60,7 @@ def forward(
     slices: tuple[int, ...] | None = None
     if out.dim() == 5:
         slices = tuple(f.shape[2] for f in features)
-        out, features = rows_of(out), [rows_of(f) for f in features]
+        out, features = view_of_rows(out), [rows_of(f) for f in features]
     layouts = tuple([layout(f) for f in features])
     lost = False
     for dtype, way, mine in _ways(layouts, tuple([f.dtype for f in features]), out.shape[0], out.stride(1)):
@@ -201,7 +201,7 @@ def backward(
     slices: tuple[int, ...] | None = None
     if grad.dim() == 5:
         slices = tuple(g.shape[2] for g in grads)
-        grad, grads = rows_of(grad), [rows_of(g) for g in grads]
+        grad, grads = rows_of(grad), [view_of_rows(g) for g in grads]
     grad = in_one_run(grad)
     rois = rois.contiguous()
     levels = None if levels is None else levels.contiguous()

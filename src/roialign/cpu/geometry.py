@@ -17,10 +17,10 @@ ZERO, ONE = np.arange(2)
 Z, Y, X = -ONE, ZERO, ONE
 
 # How a tensor lies in memory: where it is, its steps in bytes along each axis, its size; and of a map,
-# whether its RoIs are to be done, and how many slices its rows are those of: one, but of a volume. Images are
-# RoIs and rows are rows of bins where it is a pooled tensor.
-AT, IMAGE_STEP, CHANNEL_STEP, ROW_STEP, COLUMN_STEP, HEIGHT, WIDTH, MINE, SLICES = np.arange(9)
-MAP_COLUMNS = np.int64(9)
+# whether its RoIs are to be done, and how many slices its rows are those of, one but of a volume, and rows a
+# slice has. Images are RoIs and rows are rows of bins where it is a pooled tensor.
+AT, IMAGE_STEP, CHANNEL_STEP, ROW_STEP, COLUMN_STEP, HEIGHT, WIDTH, MINE, SLICES, ROWS = np.arange(10)
+MAP_COLUMNS = np.int64(10)
 
 
 class Problem(NamedTuple):
@@ -36,8 +36,9 @@ class Problem(NamedTuple):
     thresholds: Any  # (n_steps,) in the working precision; see `levels.Staircase`
     order: Any  # (n_steps + 1,)
     n_steps: Any
-    bins_z: Any  # slices of bins
-    bins_y: Any  # rows of bins, of all slices
+    rows: Any  # of bins, of all slices
+    bins_z: Any
+    bins_y: Any
     bins_x: Any
     sampling_ratio: Any  # points per bin, 0 or `taps.EXACT`
     aligned: Any
@@ -54,20 +55,33 @@ def home_of(tag, problem, k):
     if problem.levels:
         level = get(problem.levels, k)
     else:
-        step, area = ZERO, load_one(tag, ends) - load_one(tag, starts)
-        for i in range(1, axes):
-            area *= load_one(tag, ends + i * size) - load_one(tag, starts + i * size)
+        step, area = ZERO, _side(tag, starts, ends, ZERO) * _side(tag, starts, ends, ONE)
+        if axes == 3:
+            area *= _side(tag, starts, ends, ONE + ONE)
         while step < problem.n_steps and area >= load_one(tag, problem.thresholds + step * size):
             step += 1
         level = get(problem.order, step)
     if not (0 <= level < problem.n_levels and image > number(-1) and image < number(problem.images)):
         return -ONE
-    for i in range(axes):
-        scale = load_one(tag, problem.scales + (axes * (level + 1) - 1 - i) * size)
-        low, high = load_one(tag, starts + i * size) * scale, load_one(tag, ends + i * size) * scale
-        if not (np.isfinite(low) and np.isfinite(high - low)):
-            return -ONE
+    scales = problem.scales + (axes * (level + 1) - 1) * size  # that of x is the last
+    finite = _is_finite(tag, starts, ends, scales, ZERO) and _is_finite(tag, starts, ends, scales, ONE)
+    if not finite or (axes == 3 and not _is_finite(tag, starts, ends, scales, ONE + ONE)):
+        return -ONE
     return np.int64(image) * problem.n_levels + level
+
+
+@part
+def _side(tag, starts, ends, i):
+    return load_one(tag, ends + i * size_of(tag)) - load_one(tag, starts + i * size_of(tag))
+
+
+@part
+def _is_finite(tag, starts, ends, scales, i):
+    """Whether a RoI has a place and a size along its axis i, of which x is the first."""
+    size = size_of(tag)
+    scale = load_one(tag, scales - i * size)
+    low, high = load_one(tag, starts + i * size) * scale, load_one(tag, ends + i * size) * scale
+    return np.isfinite(low) and np.isfinite(high - low)
 
 
 class Along(NamedTuple):
@@ -94,14 +108,14 @@ def along(tag, problem, k, axis, level):
     length = load_one(tag, at + axes * size) * scale - offset - start
     bins, extent = _bins_and_extent(problem, axis, level)
     whole = length if problem.aligned else max(length, number(1))
-    of_start, of_end = problem.derivative == 2 - axis, problem.derivative == 2 - axis + axes
-    start_rate = scale if of_start else number(0)
-    growth = scale if of_end else -start_rate
-    if not problem.aligned and length < number(1):
-        growth = number(0)
-    moved, share = of_start or of_end, number(bins)
-    ratio = problem.sampling_ratio
-    return Along(start, whole / share, extent, bins, ratio, moved, start_rate, growth / share)
+    moved, start_rate, size_rate = False, number(0), number(0)
+    if problem.derivative:
+        of_start, of_end = problem.derivative == 2 - axis, problem.derivative == 2 - axis + axes
+        moved, start_rate = of_start or of_end, scale if of_start else number(0)
+        if problem.aligned or length >= number(1):
+            size_rate = (scale if of_end else -start_rate) / number(bins)
+    bin_size, ratio = whole / number(bins), problem.sampling_ratio
+    return Along(start, bin_size, extent, bins, ratio, moved, start_rate, size_rate)
 
 
 @part
@@ -110,10 +124,9 @@ def _bins_and_extent(problem, axis, level):
     m = level * MAP_COLUMNS
     if axis == X:
         return problem.bins_x, get(problem.maps, m + WIDTH)
-    slices = get(problem.maps, m + SLICES)
     if axis == Y:
-        return problem.bins_y // problem.bins_z, get(problem.maps, m + HEIGHT) // slices
-    return problem.bins_z, slices
+        return problem.bins_y, get(problem.maps, m + ROWS)
+    return problem.bins_z, get(problem.maps, m + SLICES)
 
 
 @part
@@ -177,12 +190,10 @@ def lay_bin(tag, a, b):
 
 
 @part
-def sample(tag, a, b, laid, i):
+def sample(tag, a, laid, i):
     """Of point i: the cell below it, or -1 if it adds nothing, and the weights of it and of the next."""
     number = type(tag)
     _, low, high, grid, first = laid
-    if a.moved:
-        return _sample_moved(tag, a, b, laid, i)
     if a.sampling_ratio >= 0:
         cell, share = low_cell(tag, low, high, grid, first + number(i), a.extent)
         weight = number(1) / grid
@@ -195,7 +206,7 @@ def sample(tag, a, b, laid, i):
 
 
 @part
-def _sample_moved(tag, a, b, laid, i):
+def sample_moved(tag, a, b, laid, i):
     """Likewise of a derivative: of a grid by slopes at its points, of an integral by what is at its ends."""
     number = type(tag)
     visits, low, high, grid, first = laid

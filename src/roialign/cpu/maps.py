@@ -5,7 +5,6 @@ Most calls are like one before in everything but addresses, so the rest is worke
 
 import functools
 import itertools
-import math
 from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -61,7 +60,7 @@ def describe_maps(
 def _maps(layouts: tuple[Layout, ...], slices: tuple[int, ...] | None, mine: tuple[bool, ...]) -> Maps:
     rows = array("q")
     for each, m, n in zip(layouts, mine, slices or (1,) * len(mine), strict=True):
-        rows.extend((0, *_row(each), m, n))
+        rows.extend((0, *_row(each), m, n, each[0][2] // n))
     images, channels = layouts[0][0][:2]
     heights, widths = (tuple(shape[axis] for shape, *_ in layouts) for axis in (2, 3))
     first = array("q", itertools.accumulate(heights * images, initial=0))
@@ -94,26 +93,26 @@ def at(numbers: "array[Any]") -> int:
 def pose(rois: Tensor, levels: Tensor | None, maps: Maps, pooling: Any) -> tuple[geometry.Problem, object]:
     """What the kernels are told of the RoIs, and what owns the constants in it."""
     size, scales, ratio, aligned, thresholds, order, _, derivative = pooling
-    maps_and_axes = len(maps.mine), len(size)
-    constants = own_scales, own_thresholds, own_order = _constants(
-        tuple(scales), *maps_and_axes, tuple(thresholds), tuple(order), rois.dtype
+    rest, constants = _constants(
+        tuple(size), len(maps.mine), tuple(scales), tuple(thresholds), tuple(order), rois.dtype
     )
     # All of them integers, as in a job: else parts are compiled for both.
     problem = geometry.Problem(
         len(size), rois.data_ptr(), 0 if levels is None else levels.data_ptr(), len(maps.mine), maps.images,
-        at(maps.rows), at(own_scales), at(own_thresholds), at(own_order), len(thresholds),
-        1 if len(size) == 2 else size[0], math.prod(size[:-1]), size[-1], ratio, int(aligned), derivative,
+        maps.rows.buffer_info()[0], *rest, ratio, int(aligned), derivative,
     )  # fmt: skip
     return problem, constants
 
 
 @functools.lru_cache(256)
 def _constants(
-    scales: tuple[float, ...], maps: int, axes: int, thresholds: tuple[float, ...], order: tuple[int, ...],
-    dtype: torch.dtype,
-) -> tuple["array[Any]", "array[Any]", "array[int]"]:  # fmt: skip
-    """Scales of each axis and thresholds in the working precision, and the order of the maps."""
-    code = "f" if dtype == torch.float32 else "d"
+    size: tuple[int, ...], maps: int, scales: tuple[float, ...], thresholds: tuple[float, ...],
+    order: tuple[int, ...], dtype: torch.dtype,
+) -> tuple[Any, object]:  # fmt: skip
+    """The fields of a problem from `scales` on to the bins, and the arrays that they name."""
+    code, slices = "f" if dtype == torch.float32 else "d", size[0] if len(size) == 3 else 1
     if len(scales) == maps:
-        scales = tuple(scale for scale in scales for _ in range(axes))
-    return array(code, scales), array(code, thresholds), array("q", order)
+        scales = tuple(scale for scale in scales for _ in size)
+    arrays = array(code, scales), array(code, thresholds), array("q", order)
+    bins = slices * size[-2], slices, size[-2], size[-1]
+    return (*[at(a) for a in arrays], len(thresholds), *bins), arrays

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..layout import empty as plain_empty
+from ..layout import memory_format
 
 _SMALL = 4 * 2**20
 _TABLES = 32 * 2**20
@@ -49,7 +49,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, channe
     """A tensor to be filled; see `reference.empty`."""
     size = math.prod(shape) * dtype.itemsize
     if size < _SMALL:
-        return plain_empty(shape, dtype, device, channels_last)
+        how = memory_format(len(shape) - 2, True) if channels_last else torch.contiguous_format
+        return torch.empty(shape, dtype=dtype, device=device, memory_format=how)
     block = _take(size)
     array: NDArray[np.generic]
     if channels_last:

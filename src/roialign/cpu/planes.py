@@ -112,7 +112,7 @@ def run(job, memory, source, working, result):
                 fill_axis(tag, problem, k, X, level, xs, ZERO, room.place)
                 src = get(m, AT) + home // problem.n_levels * get(m, IMAGE_STEP)
                 inner = side_by_side(src_tag, m, channels)
-                lines = channels // max(inner, ONE) * problem.bins_y
+                lines = channels // max(inner, ONE) * problem.rows
                 blocks = (lines + LANES - 1) // LANES
                 _pool(
                     src_tag, src, m, tag, out_tag, out, k, channels, inner, ys, xs,

@@ -154,7 +154,7 @@ def run(job, memory, target, working, gradient):
         for i in range(start, stop):
             k = get(order, i)
             fill_axis(tag, problem, k, Y, level, ys, ZERO, room.place)
-            p0, p1 = _rows_of_bins_inside(ys, problem.bins_y, low, high, step, room)
+            p0, p1 = _rows_of_bins_inside(ys, problem.rows, low, high, step, room)
             if p0 < p1:
                 fill_axis(tag, problem, k, X, level, xs, ZERO, room.place)
                 _add(

@@ -63,7 +63,7 @@ def fill_tables(survey: Survey, lo: int, stop: int, maps: Maps, room: int, arena
     else:
         y_base, x_base = arena.take(8 * (n + 1)), arena.take(8 * (n + 1))
         n, y_taps, x_taps = tables.measure(tag, problem, order, n, room, y_base, x_base)
-    ys = _axis(y_base, n, n * (problem.bins_y + 1), y_taps, tag, arena)
+    ys = _axis(y_base, n, n * (problem.rows + 1), y_taps, tag, arena)
     xs = _axis(x_base, n, n * (problem.bins_x + 1), x_taps, tag, arena)
     homes, place = arena.take(8 * n), arena.take(8 * maps.longest)
     most = tables.fill(tag, problem, order, n, y_room, x_room, ys, xs, homes, place, maps.longest)

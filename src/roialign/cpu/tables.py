@@ -12,7 +12,23 @@ Arrays are named by address, as in `simd.py`; `tag` is a number of the working p
 
 from typing import Any, NamedTuple
 
-from .geometry import HEIGHT, MAP_COLUMNS, MINE, ONE, SLICES, ZERO, X, Y, Z, along, home_of, lay_bin, sample
+import numpy as np
+
+from .geometry import (
+    MAP_COLUMNS,
+    MINE,
+    ONE,
+    ROWS,
+    ZERO,
+    X,
+    Y,
+    Z,
+    along,
+    home_of,
+    lay_bin,
+    sample,
+    sample_moved,
+)
 from .jit import kernel, part
 from .simd import get, load_one, put, size_of, store_one
 
@@ -73,7 +89,7 @@ def _rows_touched(tag, problem, k, level):
     if problem.axes == 3:
         first_slice, last_slice = _cells_touched(tag, along(tag, problem, k, Z, level))
         m = level * MAP_COLUMNS
-        rows = get(problem.maps, m + HEIGHT) // get(problem.maps, m + SLICES)
+        rows = get(problem.maps, m + ROWS)
         touched = last >= 0 and last_slice >= 0
         first, last = first_slice * rows + first, last_slice * rows + last if touched else -ONE
     return first, last
@@ -82,10 +98,17 @@ def _rows_touched(tag, problem, k, level):
 @part
 def _cells_touched(tag, a):
     lowest, highest = ONE << 40, -ONE
+    if a.moved:  # what its ends span, which may be more
+        end = a.start + type(tag)(a.bins) * a.bin_size
+        first, last = min(a.start, end), max(a.start, end)
+        if last >= type(tag)(-1) and first <= type(tag)(a.extent):
+            lowest = np.int64(max(first, type(tag)(0)))
+            highest = np.int64(min(last, type(tag)(a.extent))) + 1
+        return min(lowest, a.extent - 1), min(highest, a.extent - 1)
     for b in range(a.bins):
         laid = lay_bin(tag, a, b)
         for i in range(laid[0]):
-            low, _weight, _next = sample(tag, a, b, laid, i)
+            low, _weight, _next = sample(tag, a, laid, i)
             if low >= 0:
                 lowest, highest = min(lowest, low), max(highest, min(low + 1, a.extent - 1))
     return lowest, highest
@@ -164,16 +187,17 @@ def _count_rows(tag, problem, k, level):
     if problem.axes == 2:
         return y_taps
     z_taps = _count(tag, along(tag, problem, k, Z, level))
-    return z_taps * y_taps + z_taps + y_taps + problem.bins_z + problem.bins_y // problem.bins_z + 2
+    return z_taps * y_taps + z_taps + y_taps + problem.bins_z + problem.bins_y + 2
 
 
 def room_of_rows(problem: Any) -> int:
     """Likewise of a grid of fixed ratio, where it is the same for all RoIs; of `_fill_volume`."""
     ratio, bins_z, bins_y = problem.sampling_ratio, problem.bins_z, problem.bins_y
+    y_taps: int = 2 * ratio * bins_y
     if problem.axes == 2:
-        return int(2 * ratio * bins_y)
-    z_taps, y_taps = 2 * ratio * bins_z, 2 * ratio * (bins_y // bins_z)
-    return int(z_taps * y_taps + z_taps + y_taps + bins_z + bins_y // bins_z + 2)
+        return y_taps
+    z_taps: int = 2 * ratio * bins_z
+    return z_taps * y_taps + z_taps + y_taps + int(bins_z + bins_y) + 2
 
 
 @kernel
@@ -203,7 +227,7 @@ def fill(tag, problem, order, n, y_room, x_room, ys, xs, homes, place, longest):
 @part
 def fill_axis(tag, problem, k, axis, level, table, i, place):
     """The tables of RoI k, as number i of its table; returns how many cells it touches."""
-    bins, base = problem.bins_x if axis == X else problem.bins_y, get(table.base, i)
+    bins, base = problem.bins_x if axis == X else problem.rows, get(table.base, i)
     starts, taps, cells = table.start + 8 * i * (bins + 1), table.taps + 8 * base, table.cells + 8 * base
     weights = table.weights + size_of(tag) * base
     if axis == Y and problem.axes == 3:
@@ -216,7 +240,7 @@ def fill_axis(tag, problem, k, axis, level, table, i, place):
 
 @part
 def _fill(tag, a, starts, taps, weights, cells, place):
-    touched = _fill_rising(tag, a, starts, taps, weights, cells)
+    touched = -ONE if a.moved else _fill_rising(tag, a, starts, taps, weights, cells)
     if touched < 0:
         _fill_bins(tag, a, starts, taps, weights)
         touched = _list_cells(taps, get(starts, a.bins), cells, place)
@@ -266,7 +290,7 @@ def _fill_rising(tag, a, starts, taps, weights, cells):
         laid = lay_bin(tag, a, b)
         newest = -ONE  # the cell of the bin's last tap
         for i in range(laid[0]):
-            low, of_low, of_high = sample(tag, a, b, laid, i)
+            low, of_low, of_high = sample(tag, a, laid, i)
             if low >= 0:
                 if low < before:
                     return -ONE
@@ -296,7 +320,7 @@ def _fill_bins(tag, a, starts, taps, weights):
         laid = lay_bin(tag, a, b)
         opened = n
         for i in range(laid[0]):
-            low, of_low, of_high = sample(tag, a, b, laid, i)
+            low, of_low, of_high = sample_moved(tag, a, b, laid, i) if a.moved else sample(tag, a, laid, i)
             if low >= 0:
                 n = _add_tap(tag, taps, weights, opened, n, low, of_low)
                 n = _add_tap(tag, taps, weights, opened, n, min(low + 1, a.extent - 1), of_high)
