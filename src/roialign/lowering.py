@@ -154,8 +154,7 @@ def _over_points(
     pooling: Pooling,
 ) -> Tensor:
     """The sum over the sampling points of a bin: at once if few and known, else in a loop over blocks."""
-    lost = 0.0 if pooling.derivative else torch.nan
-    axes, ratio = len(layout.axes), pooling.sampling_ratio
+    axes, ratio, lost = len(layout.axes), pooling.sampling_ratio, pooling.lost
     if ratio > 0 and (2 * ratio) ** axes <= _ONE_SUM:
         return add(*_taps(layout, [0] * axes, ratio, lost), values)
 

@@ -41,7 +41,7 @@ def forward(
     Returns:
         Whether some RoI could not be pooled; None by an engine that does not count them, such as this.
     """
-    out.fill_(0.0 if pooling.derivative else torch.nan)
+    out.fill_(pooling.lost)
     if levels is None:
         levels = pooling.staircase.levels(rois[:, 1:])
     bins = rows_of(out)

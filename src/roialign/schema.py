@@ -1,5 +1,6 @@
 """What the two operators take: their schemas, and the named tuple that travels through all signatures."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,11 @@ class Pooling(NamedTuple):
     def staircase(self) -> Staircase:
         """Which map serves which box, where no levels are given."""
         return Staircase(tuple(self.thresholds), tuple(self.order))
+
+    @property
+    def lost(self) -> float:
+        """What a RoI that cannot be pooled becomes: it has no value, and a derivative of zero."""
+        return 0.0 if self.derivative else math.nan
 
     def scales_of(self, maps: int) -> list[Sequence[float]]:
         """The scales of each map along each of its axes."""

@@ -28,7 +28,7 @@ from .jit import cache_folder as cache_folder
 from .jobs import lay, pack
 from .lanes import Scratch
 from .lines import lay_room
-from .maps import Layout, Maps, at, describe, describe_maps, in_one_run, layout, pose
+from .maps import Layout, Maps, at, describe, describe_maps, in_one_run, layout, pose, slices_of
 from .memory import Arena, integers
 from .memory import empty as empty
 from .simd import LANES, TAGS
@@ -42,9 +42,8 @@ _ROOM_TURNED = 2**19  # and twice that where they are turned around too
 _KEPT = 16 * 2**20  # bytes of rings that are kept from some tables to the next
 _TASKS_PER_THREAD = 4
 DIRECT, PACKED, PLANES = "direct", "packed", "planes"
-# RoIs times channels from where on sharing pays; backward, and where a cell is long in memory.
-FEW, FEW_BACKWARD, FEW_BACKWARD_LONG = 3000, 1024, 2**15
-LONG = 128  # channels
+# RoIs times channels from where on sharing pays; backward, and where a cell is long in memory: in channels.
+FEW, FEW_BACKWARD, FEW_BACKWARD_LONG, LONG = 3000, 1024, 2**15, 128
 
 Array = NDArray[np.int64]
 
@@ -57,9 +56,8 @@ def forward(
     start = arena.mark()
     rois = rois.contiguous()
     levels = None if levels is None else levels.contiguous()
-    slices: tuple[int, ...] | None = None
-    if out.dim() == 5:
-        slices = tuple(f.shape[2] for f in features)
+    slices = slices_of(features)
+    if slices:
         out, features = view_of_rows(out), [rows_of(f) for f in features]
     layouts = tuple([layout(f) for f in features])
     lost = False
@@ -143,11 +141,8 @@ def _forward(
 ) -> bool:  # fmt: skip
     survey, lost = take_survey(rois, levels, maps, pooling, tags[1], arena)
     if lost:
-        out[torch.from_numpy(integers(survey.keys, len(rois)) == -1)] = (
-            0.0 if pooling.derivative else torch.nan
-        )
-    pooled = describe(out)
-    base, lo = arena.mark(), 0
+        out[torch.from_numpy(integers(survey.keys, len(rois)) == -1)] = pooling.lost
+    pooled, base, lo = describe(out), arena.mark(), 0
     while lo < survey.done:
         t = fill_tables(survey, lo, min(survey.done, lo + _SLAB), maps, _ROOM, arena)
         job = at(maps.rows), len(maps.mine), at(pooled)
@@ -198,9 +193,8 @@ def backward(
     grads: Sequence[Tensor], grad: Tensor, rois: Tensor, levels: Tensor | None, pooling: Pooling
 ) -> None:
     """The adjoint of `forward` in the features; see `reference.backward`."""
-    slices: tuple[int, ...] | None = None
-    if grad.dim() == 5:
-        slices = tuple(g.shape[2] for g in grads)
+    slices = slices_of(grads)
+    if slices:
         grad, grads = rows_of(grad), [view_of_rows(g) for g in grads]
     grad = in_one_run(grad)
     rois = rois.contiguous()

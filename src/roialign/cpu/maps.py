@@ -42,6 +42,11 @@ def describe(t: Tensor) -> "array[int]":
     return array("q", (t.data_ptr(), *_row(layout(t))))
 
 
+def slices_of(features: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """How many slices each volume has; None for maps of two axes."""
+    return tuple([f.shape[2] for f in features]) if features[0].dim() == 5 else None
+
+
 def describe_maps(
     features: Sequence[Tensor],
     layouts: tuple[Layout, ...],
@@ -97,10 +102,11 @@ def pose(rois: Tensor, levels: Tensor | None, maps: Maps, pooling: Any) -> tuple
         tuple(size), len(maps.mine), tuple(scales), tuple(thresholds), tuple(order), rois.dtype
     )
     # All of them integers, as in a job: else parts are compiled for both.
-    problem = geometry.Problem(
-        len(size), rois.data_ptr(), 0 if levels is None else levels.data_ptr(), len(maps.mine), maps.images,
-        maps.rows.buffer_info()[0], *rest, ratio, int(aligned), derivative,
-    )  # fmt: skip
+    given = rois.data_ptr(), 0 if levels is None else levels.data_ptr()
+    of_maps = len(maps.mine), maps.images, at(maps.rows)
+    problem = geometry.Problem._make(
+        (len(size), *given, *of_maps, *rest, ratio, int(aligned), derivative),
+    )
     return problem, constants
 
 
