@@ -138,6 +138,41 @@ def test_half_maps_and_given_levels():
     torch.testing.assert_close(actual, Given()(*args))
 
 
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("ratio", [2, 0])
+def test_scales_per_axis_and_sequences(ratio, aligned):
+    class Two(torch.nn.Module):
+        def forward(self, features, boxes, sequences, spans):
+            images = roialign.multiscale_roi_align(
+                features, [boxes], 2, [(s, s / 2) for s in SCALES], ratio, aligned=aligned, canonical_scale=28,
+                box_gradients=True,
+            )  # fmt: skip
+            temporal = roialign.multiscale_roi_align(
+                sequences, [spans], 5, SCALES, ratio, aligned=aligned, canonical_scale=28
+            )
+            return images, temporal
+
+    features = pyramid(STRIDES, image_size=SIZE, channels=3)
+    sequences = [torch.rand(1, 4, 80 // s) for s in STRIDES]
+    boxes = random_boxes([6], image_size=SIZE)[0]
+    args = features, boxes, sequences, boxes[:, [0, 2]]
+    session = onnxruntime.InferenceSession(to_onnx(Two(), args).model_proto.SerializeToString())
+    values = [t.numpy() for t in (*features, boxes, *sequences, boxes[:, [0, 2]])]
+    names = [i.name for i in session.get_inputs()]
+    results = session.run(None, dict(zip(names, values, strict=True)))
+    for actual, expected in zip(results, Two()(*args), strict=True):
+        torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_volumes_are_refused_by_name():
+    class Volume(torch.nn.Module):
+        def forward(self, volume, boxes):
+            return roialign.roi_align(volume, [boxes], 2)
+
+    with pytest.raises(Exception, match="volumes have no form in ONNX"):
+        to_onnx(Volume(), (torch.rand(1, 3, 4, 5, 6), torch.rand(3, 6)))
+
+
 def faster_rcnn() -> torch.nn.Module:
     torch.manual_seed(0)
     model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(

@@ -119,6 +119,21 @@ def shard(rank: int, rendezvous: str) -> None:
             for g, e in zip(grads, expected_grads, strict=True):
                 assert g.placements == (of_grads,)
                 torch.testing.assert_close(g.full_tensor(), e)
+    # volumes, and gradients of boxes
+    torch.manual_seed(0)  # the same in both processes
+    volume = torch.rand(2, 6, 5, 8, 9)
+    volume_rois = torch.cat((index[:, None], torch.rand(8, 3) * 3, torch.rand(8, 3) * 5 + 3), 1)
+    pooling = ((2, 3, 2), [1.0], 2, False, (), (0,), True)
+    leaf = volume_rois.clone().requires_grad_()
+    expected = operator([volume], leaf, None, *pooling)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), leaf)
+    for of_maps, of_rois, of_result, _ in (whole, boxes_apart, together):
+        leaf = distribute_tensor(volume_rois, mesh, [of_rois]).requires_grad_()
+        out = operator([distribute_tensor(volume, mesh, [of_maps])], leaf, None, *pooling)
+        assert out.placements == (of_result,)
+        assert torch.equal(out.full_tensor(), expected.detach())
+        (grad,) = torch.autograd.grad(out.square().sum(), leaf)
+        torch.testing.assert_close(grad.full_tensor(), expected_grad)
     # the public function, with the boxes of both images on both ranks
     features = [distribute_tensor(f, mesh, [Shard(1)]) for f in maps]
     boxes = random_boxes([4, 3], image_size=SIZE)

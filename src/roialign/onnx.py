@@ -38,6 +38,8 @@ def _multiscale_roi_align(features: Sequence[Any], rois: Any, levels: Any, *rest
         raise NotImplementedError(
             'sampling_ratio "exact" has no form in ONNX, whose RoiAlign sums a grid of points'
         )
+    if len(pooling.output_size) != 2:
+        raise NotImplementedError("volumes have no form in ONNX, whose RoiAlign is of maps (N, C, H, W)")
     height, width = pooling.output_size
     working = rois.dtype
     image = _column(rois, 0)
@@ -53,21 +55,25 @@ def _multiscale_roi_align(features: Sequence[Any], rois: Any, levels: Any, *rest
         axis=0,
     )
     out = op.Expand(_number(math.nan, working), shape)
-    for level, (feature, scale) in enumerate(zip(features, pooling.scales, strict=True)):
+    for level, (feature, scales) in enumerate(zip(features, pooling.scales_of(len(features)), strict=True)):
+        placed, (y_scale, scale) = boxes, scales
+        if y_scale != scale:  # RoiAlign has one for both axes: it is told of boxes in cells of the map
+            in_cells = op.Constant(value=ir.tensor([scale, y_scale] * 2, dtype=working))
+            placed, scale = op.Mul(boxes, in_cells), 1.0
         served = op.And(
-            op.Equal(levels, _number(level, _INT64)), op.And(exists, _finite(boxes, scale, working))
+            op.Equal(levels, _number(level, _INT64)), op.And(exists, _finite(placed, scale, working))
         )
         if pooling.aligned and pooling.sampling_ratio == 0:
             # A box that is inside out has no points. ONNX Runtime takes its grid, which is negative, for an
             # overflow, and fails the whole run; so it is not told of such boxes.
-            empty = op.And(served, _inside_out(boxes, scale, working))
+            empty = op.And(served, _inside_out(placed, scale, working))
             bins = op.Unsqueeze(empty, op.Constant(value_ints=[1, 2, 3]))
             out = op.Where(bins, _number(0.0, working), out)
             served = op.And(served, op.Not(empty))
         rows = op.Reshape(op.NonZero(served), op.Constant(value_ints=[-1]))
         pooled = op.RoiAlign(
             feature if feature.dtype == working else op.Cast(feature, to=working),
-            op.Gather(boxes, rows),
+            op.Gather(placed, rows),
             op.Cast(op.Gather(image, rows), to=_INT64),
             mode="avg",
             output_height=height,
