@@ -144,8 +144,8 @@ def test_scales_per_axis_and_sequences(ratio, aligned):
     class Two(torch.nn.Module):
         def forward(self, features, boxes, sequences, spans):
             images = roialign.multiscale_roi_align(
-                features, [boxes], 2, [(s, s / 2) for s in SCALES], ratio, aligned=aligned, canonical_scale=28,
-                box_gradients=True,
+                features, [boxes], 2, [(s, s / 2) for s in SCALES], ratio,
+                aligned=aligned, canonical_scale=28, box_gradients=True,
             )  # fmt: skip
             temporal = roialign.multiscale_roi_align(
                 sequences, [spans], 5, SCALES, ratio, aligned=aligned, canonical_scale=28
