@@ -261,6 +261,41 @@ def test_compiled(ratio):
     torch.testing.assert_close(actual, expected)
 
 
+def test_the_number_of_boxes_does_not_compile_anew():
+    feature, compiled = torch.rand(1, 3, 12, 18), 0
+
+    def backend(graph, _inputs):
+        nonlocal compiled
+        compiled += 1
+        return graph
+
+    def loss(boxes):
+        return roialign.roi_align(feature, [boxes], 3, 0.25, 2, box_gradients=True).square().sum()
+
+    call = torch.compile(loss, fullgraph=True, backend=backend, dynamic=True)
+    for count in (5, 7, 9, 40):
+        leaf = random_boxes([count], image_size=SIZE)[0].requires_grad_()
+        (actual,) = torch.autograd.grad(call(leaf), leaf)
+        torch.testing.assert_close(actual, torch.autograd.grad(loss(leaf), leaf)[0])
+    assert compiled == 1
+
+
+def test_many_boxes_of_many_channels():
+    """The gradient of so many is added up in parts."""
+    feature, boxes = torch.rand(1, 64, 12, 18), random_boxes([300], image_size=SIZE)[0]
+    grads = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        leaf = boxes.clone().requires_grad_()
+        x = feature.contiguous(memory_format=layout)
+        roialign.roi_align(x, [leaf], 7, 0.25, 2, box_gradients=True).square().sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+    one = [boxes[i : i + 1].clone().requires_grad_() for i in range(0, 300, 50)]
+    for i, leaf in enumerate(one):
+        roialign.roi_align(feature, [leaf], 7, 0.25, 2, box_gradients=True).square().sum().backward()
+        torch.testing.assert_close(leaf.grad[0], grads[0][50 * i], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_the_derivative_in_plain_operators(ratio):
     features, rois = [f.detach() for f in maps()], torch.cat((torch.zeros(len(BOXES), 1), BOXES), 1)

@@ -22,6 +22,7 @@ from . import schema
 from .layout import is_channels_last
 from .schema import DTYPES, Maps, Pooling
 
+_PRODUCTS = 2**18  # numbers at once, which a cache holds
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
@@ -298,8 +299,19 @@ def _of_boxes(
     gradient = [torch.zeros_like(rois[:, 0])]
     for _, derivative in _columns(rois, pooling):
         slope = schema.pool(values, rois, levels, derivative)
-        gradient.append((slope.to(rois.dtype) * grad.to(rois.dtype)).flatten(1).sum(1))
+        gradient.append(_products(slope, grad, rois.dtype))
     return torch.stack(gradient, 1)
+
+
+def _products(slope: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inner product of two pooled tensors for each RoI, in a precision."""
+    if is_channels_last(slope):
+        slope, grad = slope.movedim(1, -1), grad.movedim(1, -1)
+    if type(slope) is not Tensor or type(grad) is not Tensor or slope.numel() <= _PRODUCTS:
+        return (slope.to(dtype) * grad.to(dtype)).flatten(1).sum(1)  # a loop would be unrolled, or not local
+    at_once = max(1, _PRODUCTS * len(slope) // slope.numel())
+    parts = zip(torch.split(slope, at_once), torch.split(grad, at_once), strict=True)
+    return torch.cat([(s.to(dtype) * g.to(dtype)).flatten(1).sum(1) for s, g in parts])
 
 
 def _columns(rois: Tensor, pooling: Pooling) -> Iterator[tuple[int, Pooling]]:
