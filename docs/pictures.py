@@ -4,10 +4,12 @@ They are written to `docs/pictures`, or to the folder that is given.
 """
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -16,6 +18,7 @@ from PIL import Image
 
 from roialign import LevelMapper, demo, plot
 from roialign.levels import staircase
+from roialign.taps import EXACT, lay_points, taps_of
 
 FOLDER = Path(__file__).parent / "pictures"
 DPI = 110
@@ -73,6 +76,76 @@ def gap() -> Figure:
     return figure
 
 
+def taps() -> Figure:
+    """The taps of one bin along an axis, by each of the four rules: cells, and how much each weighs."""
+    figure, axes = _row_of_axes(4, height=2.9, sharey=True)
+    cells = 8
+    low, high = torch.tensor([1.7]), torch.tensor([5.3])  # in cells, the centre of cell k at k
+    rules = {"sampling_ratio=1": 1, "sampling_ratio=2": 2, "sampling_ratio=-1": 0, '"exact"': EXACT}
+    for place, (title, ratio) in zip(axes, rules.items(), strict=True):
+        laid = lay_points(low, high, 1, torch.tensor([cells]), ratio, False)
+        count = int(laid.number.max())
+        bin_taps = taps_of(laid, 0, count)
+        weights = torch.zeros(cells).index_add_(0, bin_taps.cell.flatten(), bin_taps.weight.flatten())
+        place.axvspan(1.7, 5.3, color=plot.COLOURS[0], alpha=0.25, linewidth=0, label="bin")
+        place.bar(range(cells), weights.tolist(), width=0.55, color=plot.COLOURS[6], label="taps")
+        points, value, *_ = laid.lay(torch.arange(count))
+        if ratio == EXACT:
+            for end in {*points.floor().flatten().tolist(), *points.ceil().flatten().tolist()}:
+                place.axvline(min(max(end, 1.7), 5.3), color="black", linewidth=0.6, linestyle=":")
+        sizes = (60 * value / value.max()).flatten().tolist()
+        place.scatter(
+            points.flatten().tolist(), [-0.035] * count, s=sizes, color=plot.COLOURS[5], clip_on=False,
+            zorder=4, label="sampling points, by weight",
+        )  # fmt: skip
+        place.set(xlim=(-0.6, cells - 0.4), ylim=(-0.07, 0.6), xticks=range(cells))
+        place.set_title(title, fontsize=10)
+    axes[0].set_ylabel("weight", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    return figure
+
+
+def volume() -> Figure:
+    """A RoI in a volume: its bins, and the sampling points of one of them."""
+    figure = Figure(figsize=(6.0, 4.9), layout="constrained")
+    axes = figure.add_subplot(projection="3d", computed_zorder=False)
+    size, box, bins, ratio = (5.0, 6.0, 8.0), (1.0, 1.0, 1.0, 7.0, 5.0, 4.0), (2, 2, 3), 2
+    low, high = box[:3], box[3:]  # x, y, z
+    _draw_cuboid(axes, (0, 0, 0), (size[2], size[1], size[0]), color="grey", linewidth=0.8)
+    steps = [(h - a) / n for a, h, n in zip(low, high, reversed(bins), strict=True)]
+    for place in itertools.product(*map(range, reversed(bins))):
+        start = [a + i * step for a, i, step in zip(low, place, steps, strict=True)]
+        _draw_cuboid(
+            axes, start, [a + s for a, s in zip(start, steps, strict=True)], color="black", linewidth=0.5
+        )
+    _draw_cuboid(axes, low, high, color=plot.COLOURS[4], linewidth=2.2)
+    first = [h - step for h, step in zip(high, steps, strict=True)]
+    _draw_cuboid(axes, first, high, color=plot.COLOURS[6], linewidth=1.8)
+    points = [
+        [a + (i + 0.5) / ratio * step for i in range(ratio)] for a, step in zip(first, steps, strict=True)
+    ]
+    axes.scatter(
+        *zip(*itertools.product(*points), strict=True), s=28, color=plot.COLOURS[5], depthshade=False
+    )
+    axes.set(xlabel="x", ylabel="y", zlabel="z", xlim=(0, size[2]), ylim=(size[1], 0), zlim=(0, size[0]))
+    axes.set_box_aspect((size[2], size[1], size[0]))
+    axes.view_init(elev=18, azim=-62)
+    axes.tick_params(labelsize=8)
+    return figure
+
+
+def _draw_cuboid(axes: Any, low: Sequence[float], high: Sequence[float], **style: Any) -> None:
+    """The twelve edges."""
+    ends = list(zip(low, high, strict=True))
+    for axis in range(3):
+        others = [ends[i] for i in range(3) if i != axis]
+        for place in itertools.product(*others):
+            line = list(place)
+            line.insert(axis, ends[axis])
+            axes.plot(*(c if isinstance(c, tuple) else (c, c) for c in line), **style)
+
+
 def _draw_service(axes: Axes, sides: list[float], boxes: torch.Tensor, strides: Sequence[int]) -> None:
     ours = staircase([1 / s for s in strides], 224, 4, boxes.dtype).levels(boxes).tolist()
     theirs = LevelMapper(round(math.log2(strides[0])), round(math.log2(strides[-1])))([boxes]).tolist()
@@ -116,7 +189,7 @@ def _map(height: int, width: int) -> torch.Tensor:
 
 
 PICTURES: dict[str, Callable[[], Figure]] = {
-    picture.__name__: picture for picture in (levels, half_pixel, grids, gap)
+    picture.__name__: picture for picture in (levels, half_pixel, grids, gap, taps, volume)
 }
 
 

@@ -323,6 +323,76 @@ def test_batches_of_volumes_with_their_own_boxes():
     torch.testing.assert_close(torch.vmap(call, (None, 0))(maps[0], boxes)[0], expected[0])
 
 
+def their_points(
+    low: float, high: float, bins: int, ratio: int, extent: int
+) -> list[list[tuple[int, int, float]]]:
+    """Of either migration: bins along an axis, each with the cells below and above its points and the shares.
+
+    By the CUDA sources of medicaldetectiontoolkit, whose three axes are alike, and of Align1D, whose one is.
+    """
+    size = max(high - low, 1.0)
+    bin_size = size / bins
+    grid = ratio if ratio > 0 else math.ceil(size / bins)
+    laid = []
+    for b in range(bins):
+        laid.append([])
+        for i in range(grid):
+            p = low + b * bin_size + (i + 0.5) * bin_size / grid
+            if p < -1.0 or p > extent:
+                laid[-1].append((0, 0, math.nan))
+                continue
+            p = max(p, 0.0)
+            below = int(p)
+            above, p = (below + 1, p) if below < extent - 1 else (extent - 1, float(extent - 1))
+            below = min(below, extent - 1)
+            laid[-1].append((below, above, p - below))
+    return laid
+
+
+@pytest.mark.parametrize("ratio", [2, 0])
+def test_the_pooling_of_medicaldetectiontoolkit(ratio):
+    feature, bins, scale = volume(1, 2, 9, 11, 6), (3, 2, 2), 0.5
+    theirs = [
+        [1.0, 3.0, 15.5, 20.2, 2.1, 9.0],
+        [-4.0, 10.0, 7.0, 30.0, -1.0, 20.0],
+        [3.0, 3.0, 3.5, 3.2, 4.0, 4.1],
+    ]
+    boxes = torch.tensor(theirs, dtype=torch.float64)[:, [4, 1, 0, 5, 3, 2]]
+    out = roialign.roi_align(feature, [boxes], bins, scale, ratio)
+    for k, (y1, x1, y2, x2, z1, z2) in enumerate(theirs):
+        ends = (y1, y2), (x1, x2), (z1, z2)
+        ys, xs, zs = (
+            their_points(low * scale, high * scale, n, ratio, extent)
+            for (low, high), n, extent in zip(ends, bins, feature.shape[2:], strict=True)
+        )
+        for a, b, c in itertools.product(*map(range, bins)):
+            total, count = torch.zeros(2, dtype=torch.float64), 0
+            for (y0, y1_, dy), (x0, x1_, dx), (z0, z1_, dz) in itertools.product(ys[a], xs[b], zs[c]):
+                count += 1
+                if math.isnan(dy + dx + dz):
+                    continue
+                for y, wy in ((y0, 1 - dy), (y1_, dy)):
+                    for x, wx in ((x0, 1 - dx), (x1_, dx)):
+                        for z, wz in ((z0, 1 - dz), (z1_, dz)):
+                            total += wy * wx * wz * feature[0, :, y, x, z]
+            torch.testing.assert_close(out[k, :, a, b, c], total / count)
+
+
+@pytest.mark.parametrize("ratio", [2, 0])
+def test_the_pooling_of_align1d(ratio):
+    feature, bins = volume(2, 3, 30), 4
+    rois = torch.tensor([[0, 3.5, 20.0], [1, -4.0, 50.0], [1, 7.0, 7.2]], dtype=torch.float64)
+    out = roialign.roi_align(feature, rois, bins, 1.0, ratio)
+    for k, (image, start, end) in enumerate(rois.tolist()):
+        for b, points in enumerate(their_points(start, end, bins, ratio, 30)):
+            total = torch.zeros(3, dtype=torch.float64)
+            for below, above, share in points:
+                if not math.isnan(share):
+                    line = feature[int(image)]
+                    total += (1 - share) * line[:, below] + share * line[:, above]
+            torch.testing.assert_close(out[k, :, b], total / len(points))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
