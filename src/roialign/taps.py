@@ -2,8 +2,15 @@
 
 RoIAlign is separable. Two taps for each sampling point of a bin, the cell below it and the one above, say
 all that pooling does along an axis; a bin of the output is the sum over the outer product of its row taps
-and its column taps, and backward is the same sum with reading and writing exchanged. Engines write the
-same taps in their own languages.
+and its column taps, and backward is the same sum with reading and writing exchanged. So whatever is pooled
+is a rule for taps, and here they are beside each other:
+
+- a grid of as many points as are asked for, and an adaptive one: `Points`;
+- the integral, whose points are the middles of its `Pieces`;
+- of either, how it changes as RoIs move: the slopes at the points, what lies at the ends of the pieces;
+- the rows of a volume: the `product` of its slices and of the rows in each.
+
+Engines write the same taps in their own languages.
 """
 
 from collections.abc import Sequence
