@@ -243,6 +243,9 @@ def test_transforms():
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(one))(boxes), expected)
     torch.testing.assert_close(torch.stack([torch.func.jacfwd(one)(b) for b in boxes]), expected)
     torch.testing.assert_close(torch.stack([torch.func.jacrev(one)(b) for b in boxes]), expected)
+    for twice in (torch.func.hessian, lambda f: torch.func.jacfwd(torch.func.jacfwd(f))):
+        with pytest.raises(NotImplementedError, match="box_gradients have no second derivative in the boxes"):
+            twice(one)(boxes[0])
     with pytest.raises(NotImplementedError, match="boxes must not carry a tangent"):
         torch.func.jvp(lambda b: roialign.roi_align(feature, [b], 2, 0.25, 2), (boxes,), (boxes,))
 
@@ -259,6 +262,32 @@ def test_compiled(ratio):
     compiled = torch.compile(loss, fullgraph=True)
     (actual,) = torch.autograd.grad(compiled(leaf, *features), leaf)
     torch.testing.assert_close(actual, expected)
+
+
+def test_batches_of_gradients():
+    feature, leaf = maps()[0].detach(), BOXES.clone().requires_grad_()
+    out = roialign.roi_align(feature, [leaf], 2, 0.25, "exact", box_gradients=True)
+    cotangents = torch.randn(3, *out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(0))
+    (batched,) = torch.autograd.grad(out, leaf, cotangents, is_grads_batched=True, retain_graph=True)
+    for actual, cotangent in zip(batched, cotangents, strict=True):
+        torch.testing.assert_close(actual, *torch.autograd.grad(out, leaf, cotangent, retain_graph=True))
+
+
+def test_forward_over_reverse():
+    """How the gradient of the features moves with the boxes."""
+    feature, boxes = maps()[0].detach(), BOXES.clone()
+    direction = torch.randn(boxes.shape, dtype=boxes.dtype, generator=torch.Generator().manual_seed(0))
+
+    def gradient(boxes):
+        def loss(feature):
+            return roialign.roi_align(feature, [boxes], 3, 0.25, 2, box_gradients=True).sin().sum()
+
+        return torch.func.grad(loss)(feature)
+
+    _, tangent = torch.func.jvp(gradient, (boxes,), (direction,))
+    step = 1e-6
+    ends = [gradient(boxes + sign * step * direction) for sign in (1, -1)]
+    torch.testing.assert_close(tangent, (ends[0] - ends[1]) / (2 * step), rtol=1e-5, atol=1e-6)
 
 
 def test_the_number_of_boxes_does_not_compile_anew():

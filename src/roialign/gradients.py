@@ -307,11 +307,12 @@ def _products(slope: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The inner product of two pooled tensors for each RoI, in a precision."""
     if is_channels_last(slope):
         slope, grad = slope.movedim(1, -1), grad.movedim(1, -1)
+    axes = list(range(1, slope.dim()))
     if type(slope) is not Tensor or type(grad) is not Tensor or slope.numel() <= _PRODUCTS:
-        return (slope.to(dtype) * grad.to(dtype)).flatten(1).sum(1)  # a loop would be unrolled, or not local
+        return (slope.to(dtype) * grad.to(dtype)).sum(axes)  # a loop would be unrolled, or not local
     at_once = max(1, _PRODUCTS * len(slope) // slope.numel())
     parts = zip(torch.split(slope, at_once), torch.split(grad, at_once), strict=True)
-    return torch.cat([(s.to(dtype) * g.to(dtype)).flatten(1).sum(1) for s, g in parts])
+    return torch.cat([(s.to(dtype) * g.to(dtype)).sum(axes) for s, g in parts])
 
 
 def _columns(rois: Tensor, pooling: Pooling) -> Iterator[tuple[int, Pooling]]:
