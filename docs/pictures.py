@@ -5,6 +5,7 @@ They are written to `docs/pictures`, or to the folder that is given.
 
 import argparse
 import math
+import runpy
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +19,7 @@ from roialign import LevelMapper, demo, plot
 from roialign.levels import staircase
 
 FOLDER = Path(__file__).parent / "pictures"
+EXAMPLES = Path(__file__).parent.parent / "examples"
 DPI = 110
 STRIDES = [4, 8, 16, 32]
 
@@ -73,6 +75,11 @@ def gap() -> Figure:
     return figure
 
 
+def box_refinement() -> Figure:
+    """What the example draws."""
+    return runpy.run_path(str(EXAMPLES / "box_refinement.py"))["draw"]()
+
+
 def _draw_service(axes: Axes, sides: list[float], boxes: torch.Tensor, strides: Sequence[int]) -> None:
     ours = staircase([1 / s for s in strides], 224, 4, boxes.dtype).levels(boxes).tolist()
     theirs = LevelMapper(round(math.log2(strides[0])), round(math.log2(strides[-1])))([boxes]).tolist()
@@ -116,7 +123,7 @@ def _map(height: int, width: int) -> torch.Tensor:
 
 
 PICTURES: dict[str, Callable[[], Figure]] = {
-    picture.__name__: picture for picture in (levels, half_pixel, grids, gap)
+    picture.__name__: picture for picture in (levels, half_pixel, grids, gap, box_refinement)
 }
 
 
