@@ -6,6 +6,7 @@ They are written to `docs/pictures`, or to the folder that is given.
 import argparse
 import itertools
 import math
+import runpy
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +22,7 @@ from roialign.levels import staircase
 from roialign.taps import EXACT, lay_points, taps_of
 
 FOLDER = Path(__file__).parent / "pictures"
+EXAMPLES = Path(__file__).parent.parent / "examples"
 DPI = 110
 STRIDES = [4, 8, 16, 32]
 
@@ -74,6 +76,11 @@ def gap() -> Figure:
         _draw_service(place, sides.tolist(), boxes, strides)
     axes[0].set_ylabel("stride of the map that serves", fontsize=9)
     return figure
+
+
+def box_refinement() -> Figure:
+    """What the example draws."""
+    return runpy.run_path(str(EXAMPLES / "box_refinement.py"))["draw"]()
 
 
 def taps() -> Figure:
@@ -189,7 +196,7 @@ def _map(height: int, width: int) -> torch.Tensor:
 
 
 PICTURES: dict[str, Callable[[], Figure]] = {
-    picture.__name__: picture for picture in (levels, half_pixel, grids, gap, taps, volume)
+    picture.__name__: picture for picture in (levels, half_pixel, grids, gap, taps, volume, box_refinement)
 }
 
 

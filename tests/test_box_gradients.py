@@ -91,7 +91,7 @@ def test_of_integrals_it_is_the_difference_quotient_everywhere(aligned):
 
 
 def test_the_papers_formula():
-    """Precise RoI Pooling, equation 6: as an end moves, what lies there less the mean, over the length."""
+    """Of Precise RoI Pooling: as an end moves, what lies there less the mean, over the length."""
     (feature,) = pyramid([1], image_size=(20, 24), channels=2, dtype=torch.float64)
     x1, y1, x2, y2 = box = 3.3, 4.1, 15.7, 12.9
     leaf = torch.tensor([box], dtype=torch.float64, requires_grad=True)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.ops
+from test_exact import weights
 
 import roialign
 from roialign.testing import pyramid, random_boxes
@@ -122,3 +123,29 @@ def test_boxes_inside_out_and_not_finite_have_a_level(page):
     ]
     for map_levels in (page["pooler"].map_levels, page["extractor"].map_levels):
         assert map_levels(boxes).tolist() == [0, 0, 0, 3]
+
+
+def test_gradients_of_boxes_are_those_of_precise_roi_pooling(page):
+    """As an end of a bin moves: what lies there less the mean, over the length. Ends move with the box."""
+    rois, surface, bins = page["rois"], page["features"][0].double(), page["pooled_height"]
+    corners = (rois.detach().double()[0, 1:] * page["spatial_scale"]).tolist()
+    ends_and_means = []
+    for axis, extent in enumerate(surface.shape[:0:-1]):
+        low, high = corners[axis], corners[axis + 2]
+        ends = low + (high - low) * torch.arange(bins + 1, dtype=torch.float64) / bins
+        hats = (1 - (ends[:, None] - torch.arange(extent)).abs()).clamp(min=0)
+        ends_and_means.append((hats, weights(low + 0.5, high + 0.5, bins, extent, True), (high - low) / bins))
+    (x_hats, x_means, width), (y_hats, y_means, height) = ends_and_means
+    mean = torch.einsum("py,cyx,qx->cpq", y_means, surface, x_means)
+    torch.testing.assert_close(page["pooled"][0].double(), mean, rtol=1e-4, atol=1e-5)
+    at_x = torch.einsum("py,cyx,qx->cpq", y_means, surface, x_hats)
+    at_y = torch.einsum("py,cyx,qx->cqp", y_hats, surface, x_means)
+    share = torch.arange(bins + 1, dtype=torch.float64) / bins
+    expected = []
+    for there, size, flat in ((at_x, width, mean), (at_y, height, mean.mT)):
+        start, end = (flat - there[..., :-1]) / size, (there[..., 1:] - flat) / size
+        of_low = start * (1 - share[:-1]) + end * (1 - share[1:])
+        of_high = start * share[:-1] + end * share[1:]
+        expected.append([(2 * flat * of).sum() * page["spatial_scale"] for of in (of_low, of_high)])
+    (x1, x2), (y1, y2) = expected
+    torch.testing.assert_close(rois.grad[0, 1:].double(), torch.stack((x1, y1, x2, y2)), rtol=1e-4, atol=1e-4)

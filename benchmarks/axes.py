@@ -1,10 +1,10 @@
-"""Volumes, sequences and gradients of boxes, against the best there is on a CPU: docs/performance.md.
+"""Volumes and sequences, against the best there is on a CPU: docs/performance.md.
 
 Nobody has a multi-level RoIAlign of volumes or sequences for a CPU. What there is is `grid_sample`, once for
 each level, with the sampling points as a grid, and the mean over those of a bin; for sequences, torchvision's
 `roi_align` on maps of one row.
 
-Run: python benchmarks/family.py
+Run: python benchmarks/axes.py
 """
 
 import math
@@ -149,40 +149,6 @@ def contest(name: str, problem: Problem, peers: dict[str, Callable[[Sequence[Ten
         print(f"  {what}:", *row, sep="  ")
 
 
-def boxes_with_gradients() -> None:
-    """The box head with gradients of features, of boxes, of both."""
-    from roialign.bench.workloads import FULL, make_boxes
-
-    height, width = FULL.image
-    features = [torch.randn(1, FULL.channels, height // s, width // s) for s in (4, 8, 16, 32)]
-    boxes = make_boxes(1000, FULL.image)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        maps = [f.contiguous(memory_format=layout).requires_grad_() for f in features]
-
-        def run(of_boxes: bool, of_maps: bool, ratio: int | str = 2, maps: Sequence[Tensor] = maps) -> Call:
-            leaf = boxes.clone().requires_grad_(of_boxes)
-            leaves = [*(maps if of_maps else []), *([leaf] if of_boxes else [])]
-
-            def call() -> None:
-                pooled = roialign.multiscale_roi_align(
-                    maps if of_maps else [f.detach() for f in maps],
-                    [leaf],
-                    7,
-                    [1 / 4, 1 / 8, 1 / 16, 1 / 32],
-                    ratio,
-                    box_gradients=of_boxes,
-                )
-                torch.autograd.grad(pooled, leaves, pooled.detach())
-
-            return call
-
-        kinds = {"features": (False, True), "both": (True, True), "boxes": (True, False)}
-        for ratio in (2, "exact"):
-            figures = medians([run(*kind, ratio) for kind in kinds.values()])
-            row = [f"{name} {ms:.3g} ms" for name, ms in zip(kinds, figures, strict=True)]
-            print(f"box head, both ways, gradients of, {str(layout)[6:]}, ratio {ratio}:", *row, sep="  ")
-
-
 def main() -> None:
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians, by turns")
     medical = Problem(64, (64, 128, 128), 3, 200, 7, 0.9)
@@ -194,7 +160,6 @@ def main() -> None:
     temporal = Problem(512, (2304,), 5, 1000, 16, 0.5)
     peers = {"grid_sample": temporal.sampled, "torchvision": temporal.by_torchvision}
     contest("sequences, C=512, T=2304 and four coarser, 1000 proposals, 16 bins", temporal, peers)
-    boxes_with_gradients()
 
 
 if __name__ == "__main__":
