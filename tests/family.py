@@ -62,7 +62,7 @@ def draw(seed: int) -> Case:
     steps = staircase(scales, random.choice((4.0, 28.0)), 1.0, working, maps, axes)
     count = random.choice((0, 1, 3, 7, 40))
     rois = draw_rois(random, count, images, axes).to(working)
-    given = random.random() < 0.3 or random.random() < 0.5 and maps > 1
+    given = random.random() < 0.3 or (random.random() < 0.5 and maps > 1)
     levels = (
         torch.tensor([random.randrange(maps) for _ in range(count)], dtype=torch.int64) if given else None
     )
