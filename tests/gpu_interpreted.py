@@ -51,8 +51,12 @@ def check(
     dtypes=None,
     layouts=None,
     twice=False,
+    stretch=1.0,
 ) -> None:
-    """Forward and backward against the reference, which in float64 serves as the truth."""
+    """Forward and backward against the reference, which in float64 serves as the truth.
+
+    Along x the scales of the maps are `stretch` times those along y.
+    """
     working = torch.float64 if dtype == torch.float64 else torch.float32
     features = pyramid(strides, image_size=SIZE, images=images, channels=channels, dtype=dtype, layout=layout)
     features = [f.to(d) for f, d in zip(features, dtypes or [dtype] * len(strides), strict=True)]
@@ -64,6 +68,8 @@ def check(
     rois = rois.to(working)
     scales = [1 / s for s in strides]
     pooling = pooling_of(scales, output_size, ratio, aligned, working)
+    if stretch != 1:
+        pooling = pooling._replace(scales=[factor * scale for scale in scales for factor in (1, stretch)])
     mapped = given
     if given is None:  # the truth has the levels that the working precision chose
         mapped = pooling.staircase.levels(rois[:, 1:])
@@ -126,6 +132,18 @@ def check_pyramids() -> None:
     check([16, 32, 64], (2, 2), 2, rois=boxes, given=given, channels=3)
     many = rois_of(random_boxes([40, 30], image_size=SIZE, seed=4))  # more than a word of the mask
     check([16, 32], (1, 2), 2, rois=many, channels=2)
+
+
+def check_scales_of_each_axis() -> None:
+    boxes = rois_of(random_boxes([7], image_size=SIZE, seed=7))
+    for layout, channels in (("contiguous", 3), ("channels_last", 32)):
+        for ratio in (2, 0, "exact"):
+            for strides, stretch in (([16], 0.6), ([8, 32, 16], 1.7)):
+                check(
+                    strides, (2, 3), ratio,
+                    rois=boxes, images=1, channels=channels, layout=layout, stretch=stretch,
+                    aligned=stretch < 1, dtype=torch.float64 if ratio == 0 else torch.float32,
+                )  # fmt: skip
 
 
 def check_many_channels() -> None:

@@ -40,7 +40,7 @@ _TABLES = 2**28  # bytes
 class Rule(NamedTuple):
     """Scales and the staircase, as kernels take them."""
 
-    scales: tuple[tuple[float, ...], ...]
+    scales: tuple[tuple[tuple[float, ...], ...], ...]  # of all maps, along y and along x, or once
     thresholds: tuple[tuple[float, ...], ...]
     order: tuple[int, ...]
 
@@ -116,7 +116,7 @@ def _write_for_bins(
     rows: Tensor, numbers: Tensor, features: Sequence[Tensor], rois: Tensor, levels: Tensor | None,
     pooling: Pooling,
 ) -> None:  # fmt: skip
-    rule = _rule(tuple(pooling.scales), pooling.staircase, rois.dtype)
+    rule = _rule(_scales_along_axes(len(features), pooling), pooling.staircase, rois.dtype)
     *_, heights, widths = _describe(features)
     bins, ratio = pooling.output_size, pooling.sampling_ratio
     what = (
@@ -202,7 +202,7 @@ def _scatter(
     rois: Tensor, levels: Tensor | None, pooling: Pooling,
 ) -> None:  # fmt: skip
     """Spread the gradient of RoIs that there is room for."""
-    rule = _rule(tuple(pooling.scales), pooling.staircase, rois.dtype)
+    rule = _rule(_scales_along_axes(len(grads), pooling), pooling.staircase, rois.dtype)
     count, channels, *bins = grad.shape
     block = min(_power_of_two(channels), _THREADS * _VECTOR // grad.itemsize // _TILE_X)
     blocks = math.ceil(channels / block)
@@ -337,7 +337,7 @@ def _registers(device: torch.device, dtype: torch.dtype, most: int) -> dict[str,
 
 def _serves(maps: Sequence[Tensor], dtype: torch.dtype, pooling: Pooling) -> bool:
     """Whether there are kernels: not for volumes, nor where cells, counted in floats, are too many."""
-    if maps[0].dim() == 5 or pooling.derivative or len(pooling.scales) != len(maps):
+    if maps[0].dim() == 5 or pooling.derivative:
         return False
     return dtype == torch.float64 or max(max(m.shape[2:]) for m in maps) <= 2**24
 
@@ -353,11 +353,16 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def _scales_along_axes(maps: int, pooling: Pooling) -> tuple[tuple[float, ...], ...]:
+    """The scales of all maps along y and along x; once, where they are the same."""
+    return tuple(dict.fromkeys(zip(*pooling.scales_of(maps), strict=True)))
+
+
 @functools.lru_cache(256)
-def _rule(scales: tuple[float, ...], staircase: Staircase, dtype: torch.dtype) -> Rule:
+def _rule(scales: tuple[tuple[float, ...], ...], staircase: Staircase, dtype: torch.dtype) -> Rule:
     thresholds = staircase.thresholds or (math.inf,)
     return Rule(
-        tuple(exact(scale, dtype) for scale in scales),
+        tuple(tuple(exact(scale, dtype) for scale in along) for along in scales),
         tuple(exact(threshold, dtype) for threshold in thresholds),
         staircase.order if staircase.thresholds else staircase.order * 2,
     )

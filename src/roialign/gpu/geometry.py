@@ -89,7 +89,8 @@ def locate(
 ):  # fmt: skip
     """Where RoI `k` lies, or a vector of them: level, image, and start and size of either axis in cells.
 
-    The first result says whether it can be pooled. Where not, the rest names cells of the first map.
+    Scales are those of y and those of x, or once those of both. The first result says whether the RoI can be
+    pooled. Where not, the rest names cells of the first map.
     """
     dtype: tl.constexpr = rois.dtype.element_ty
     here = k < count
@@ -106,10 +107,10 @@ def locate(
             level = tl.where(area >= number(thresholds[step], dtype), ORDER[step + 1], level)
     else:
         level = tl.load(levels + k, mask=here, other=-1)
-    exists = (level >= 0) & (level < len(scales)) & (image > -1) & (image < images)
+    exists = (level >= 0) & (level < len(scales[0])) & (image > -1) & (image < images)
     level = tl.where(exists, level, 0)
-    scale = number_of(scales, level, dtype)
-    x1, y1, x2, y2 = x1 * scale, y1 * scale, x2 * scale, y2 * scale
+    y_scale, x_scale = number_of(scales[0], level, dtype), number_of(scales[-1], level, dtype)
+    x1, y1, x2, y2 = x1 * x_scale, y1 * y_scale, x2 * x_scale, y2 * y_scale
     finite = (tl.abs(x1) < float("inf")) & (tl.abs(y1) < float("inf"))
     finite &= (tl.abs(x2 - x1) < float("inf")) & (tl.abs(y2 - y1) < float("inf"))
     poolable = exists & finite

@@ -74,7 +74,7 @@ def place(
     grid = bin_size * 0 + RATIO
     point, touched = sample_point(bin_start, bin_size, grid, (i % RATIO).to(dtype), extent, RATIO)
     tl.store(places + at, tl.where(touched & poolable, point, -1.0), k < count)
-    home = tl.where(poolable, image * len(scales) + level, -1)
+    home = tl.where(poolable, image * len(heights) + level, -1)
     tl.store(rows + k, home, (k < count) & along_y & (i == 0))
 
 
@@ -111,7 +111,7 @@ def write_runs(
     row, weights = rows + k * row_length, weights + k * length
     head, runs = row + OF_X * axis, row + HEAD
     if axis == 0:
-        tl.store(row, tl.where(poolable, image * len(scales) + level, -1))
+        tl.store(row, tl.where(poolable, image * len(heights) + level, -1))
         extent = whole_of(heights, level)
         _write_axis(head, runs, weights, y_start, y_size, extent, poolable, BINS_Y, RATIO, OF_CELLS, BLOCK)
     else:
