@@ -10,13 +10,19 @@ import triton.language as tl
 from .geometry import UNROLLED, multiple, pointer_of, whole, whole_of
 from .tables import APART, HEAD, LONGEST, OF_X, ORIGIN, STEP, unpack
 
+ALONG_X, ALONG_Y = tl.constexpr(1), tl.constexpr(2)  # which axis a derivative is along, or 0
+
 
 @triton.jit
 def _bin(axis, b, RATIO: tl.constexpr):
-    """Where the taps of a bin are, or of several: places of points, or first cell, number and weights."""
+    """Where the taps of a bin are, or of several: places of points, or first cell, number and weights.
+
+    The weights of points are those of their places, or, along the axis of a derivative, how fast they move.
+    """
     places, runs, weights, step, _, last = axis
     if RATIO > 0:
-        return places + b * RATIO, b, b * 0 + 2 * RATIO, weights, last
+        at, number = b * RATIO, b * 0 + 2 * RATIO
+        return places + at, b, number, None if weights is None else weights + at, last
     else:
         first, length = unpack(tl.load(runs + b))
         return places, first, length, weights + first + step * b, last
@@ -29,8 +35,10 @@ def _pair(of_bin, i, RATIO: tl.constexpr):
     if RATIO > 0:
         place = tl.load(places + i)
         low = tl.floor(place)
-        cell, share = low.to(tl.int32), place - low
-        return cell, 1 - share, tl.minimum(cell + 1, last), share, place >= 0, place >= 0
+        cell = low.to(tl.int32)
+        above = place - low if weights is None else tl.load(weights + i)
+        below = 1 - above if weights is None else -above
+        return cell, below, tl.minimum(cell + 1, last), above, place >= 0, place >= 0
     else:
         here, there = 2 * i < length, 2 * i + 1 < length
         weight = tl.load(weights + 2 * i, here, 0)
@@ -44,8 +52,9 @@ def _tap(of_bin, here, i, RATIO: tl.constexpr):
     if RATIO > 0:
         place = tl.load(places + i // 2, here & (i < 2 * RATIO), -1)
         low = tl.floor(place)
-        share = place - low
-        return tl.minimum(low.to(tl.int32) + i % 2, last), tl.where(i % 2 == 0, 1 - share, share), place >= 0
+        above = place - low if weights is None else tl.load(weights + i // 2, here & (i < 2 * RATIO), 0)
+        below = 1 - above if weights is None else -above
+        return tl.minimum(low.to(tl.int32) + i % 2, last), tl.where(i % 2 == 0, below, above), place >= 0
     else:
         here &= i < length
         return first + i, tl.load(weights + i, here, 0), here
@@ -54,16 +63,17 @@ def _tap(of_bin, here, i, RATIO: tl.constexpr):
 @triton.jit
 def _axes(
     row, numbers, length, k, level, heights, widths, height,
-    BINS_Y: tl.constexpr, BINS_X: tl.constexpr, RATIO: tl.constexpr,
+    BINS_Y: tl.constexpr, BINS_X: tl.constexpr, RATIO: tl.constexpr, MOVED: tl.constexpr,
 ):  # fmt: skip
     """Of both axes: places of points, or runs, weights, their step, and the most pairs; and the last cell."""
     numbers += k * length
     y_last = (whole_of(heights, level) - 1).to(tl.int32)
     x_last = (whole_of(widths, level) - 1).to(tl.int32)
     if RATIO > 0:
-        ALONG_Y: tl.constexpr = BINS_Y * RATIO
-        y = (numbers, row, numbers, 0, RATIO, y_last)
-        x = (numbers + ALONG_Y, row, numbers, 0, RATIO, x_last)
+        POINTS_Y: tl.constexpr = BINS_Y * RATIO
+        slopes = numbers + (BINS_Y + BINS_X) * RATIO
+        y = (numbers, row, slopes if MOVED == ALONG_Y else None, 0, RATIO, y_last)
+        x = (numbers + POINTS_Y, row, slopes + POINTS_Y if MOVED == ALONG_X else None, 0, RATIO, x_last)
     else:
         y_weights = numbers - tl.load(row + ORIGIN)
         x_weights = numbers + height + APART * BINS_Y - tl.load(row + OF_X + ORIGIN)
@@ -84,10 +94,14 @@ def _home(row, n_levels: tl.constexpr):
 
 
 @triton.jit
-def _scale(poolable, RATIO: tl.constexpr, DTYPE: tl.constexpr):
-    """What makes a sum of points a mean, which weights of runs have in them; NaN if there is no such RoI."""
+def _scale(poolable, RATIO: tl.constexpr, MOVED: tl.constexpr, DTYPE: tl.constexpr):
+    """What makes a sum of points a mean, which weights of runs have in them.
+
+    If there is no such RoI it is NaN, of a derivative 0.
+    """
     POINTS: tl.constexpr = RATIO * RATIO if RATIO > 0 else 1
-    return tl.where(poolable, tl.full((), 1.0 / POINTS, DTYPE), tl.full((), float("nan"), DTYPE))
+    LOST: tl.constexpr = 0.0 if MOVED else float("nan")
+    return tl.where(poolable, tl.full((), 1.0 / POINTS, DTYPE), tl.full((), LOST, DTYPE))
 
 
 @triton.jit
@@ -111,7 +125,7 @@ def _all(flag, N: tl.constexpr):
 def forward_along_channels(
     out, out_strides, features, image_strides, channel_strides, row_strides, column_strides, heights, widths,
     rows, row_length, numbers, length, height, count, channels,
-    MINE: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr, RATIO: tl.constexpr,
+    MINE: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr, RATIO: tl.constexpr, MOVED: tl.constexpr,
     MULTIPLE: tl.constexpr, OUT_MULTIPLE: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_BINS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +133,7 @@ def forward_along_channels(
 
     `MINE` has a bit for every map that is to be read. All strides but that of the channels, which lie
     innermost, are multiples of `MULTIPLE`; likewise those of the result of `OUT_MULTIPLE`, or that is 0.
-    `EVEN` says that the blocks are whole.
+    `EVEN` says that the blocks are whole. A derivative is `MOVED` along an axis.
     """
     PARTS: tl.constexpr = (BINS_X + BLOCK_BINS - 1) // BLOCK_BINS
     ROWS: tl.constexpr = (BINS_Y + BLOCK_ROWS - 1) // BLOCK_ROWS
@@ -132,7 +146,7 @@ def forward_along_channels(
     poolable, level, image = _home(row, len(features))
     if (MINE >> level) & 1 == 0:
         return
-    y, x = _axes(row, numbers, length, k, level, heights, widths, height, BINS_Y, BINS_X, RATIO)
+    y, x = _axes(row, numbers, length, k, level, heights, widths, height, BINS_Y, BINS_X, RATIO, MOVED)
     y_stride = multiple(whole_of(row_strides, level), MULTIPLE)
     x_stride = multiple(whole_of(column_strides, level), MULTIPLE)
     channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
@@ -147,7 +161,7 @@ def forward_along_channels(
     bin_stride = multiple(whole(out_strides[3]), OUT_MULTIPLE)
     q0, q1 = part * BLOCK_BINS, tl.minimum((part + 1) * BLOCK_BINS, BINS_X)
     p = tl.minimum(p, BINS_Y - 1)
-    scale = _scale(poolable, RATIO, numbers.dtype.element_ty)
+    scale = _scale(poolable, RATIO, MOVED, numbers.dtype.element_ty)
     whole_roi = _is_whole(y[0], poolable, (BINS_Y + BINS_X) * RATIO)
     above = _bin(y, p, RATIO)
     for q in range(q0, q1):
@@ -188,14 +202,15 @@ def _add_four(total, cells, here, y, x, y_stride, x_stride, WHOLE: tl.constexpr)
 def forward_along_taps(
     out, out_strides, features, image_strides, channel_strides, row_strides, column_strides, heights, widths,
     rows, row_length, numbers, length, height, count, channels,
-    MINE: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr, RATIO: tl.constexpr, EVEN: tl.constexpr,
+    MINE: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr, RATIO: tl.constexpr, MOVED: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_BINS: tl.constexpr, TAPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Some rows of bins, or parts of them, and a block of channels per program.
 
     The lanes are `TAPS` taps of each bin, along x: so the cells that a warp reads lie in one row of the map,
     close together. `MINE` has a bit for every map that is to be read; `EVEN` says that the blocks of channels
-    are whole.
+    are whole. A derivative is `MOVED` along an axis.
     """
     PARTS: tl.constexpr = (BINS_X + BLOCK_BINS - 1) // BLOCK_BINS
     ROWS: tl.constexpr = (BINS_Y + BLOCK_ROWS - 1) // BLOCK_ROWS
@@ -208,7 +223,7 @@ def forward_along_taps(
     poolable, level, image = _home(row, len(features))
     if (MINE >> level) & 1 == 0:
         return
-    y, x = _axes(row, numbers, length, k, level, heights, widths, height, BINS_Y, BINS_X, RATIO)
+    y, x = _axes(row, numbers, length, k, level, heights, widths, height, BINS_Y, BINS_X, RATIO, MOVED)
     y_stride, x_stride = whole_of(row_strides, level), whole_of(column_strides, level)
     channel = (block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)).to(tl.int64)[:, None]
     cells = pointer_of(features, level) + image * whole_of(image_strides, level)
@@ -222,7 +237,7 @@ def forward_along_taps(
     here = None if EVEN else channel < channels
     inside = (bins < BINS_X)[None, :]
     inside = inside if EVEN else inside & here
-    p1, scale = tl.minimum(p0 + BLOCK_ROWS, BINS_Y), _scale(poolable, RATIO, numbers.dtype.element_ty)
+    p1, scale = tl.minimum(p0 + BLOCK_ROWS, BINS_Y), _scale(poolable, RATIO, MOVED, numbers.dtype.element_ty)
     beside = _bin(x, q, RATIO)
     taps = _tap(beside, poolable, slot, RATIO)
     # Where there are lanes that are no taps, loads must be asked after.
