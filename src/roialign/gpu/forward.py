@@ -17,27 +17,26 @@ ALONG_X, ALONG_Y = tl.constexpr(1), tl.constexpr(2)  # which axis a derivative i
 def _bin(axis, b, RATIO: tl.constexpr):
     """Where the taps of a bin are, or of several: places of points, or first cell, number and weights.
 
-    The weights of points are those of their places, or, along the axis of a derivative, how fast they move.
+    The weights of points are, along the axis of a derivative, how fast they move; else their places say them.
     """
     places, runs, weights, step, _, last = axis
     if RATIO > 0:
-        at, number = b * RATIO, b * 0 + 2 * RATIO
-        return places + at, b, number, None if weights is None else weights + at, last
+        return places + b * RATIO, b, b * 0 + 2 * RATIO, weights + b * RATIO, last
     else:
         first, length = unpack(tl.load(runs + b))
         return places, first, length, weights + first + step * b, last
 
 
 @triton.jit
-def _pair(of_bin, i, RATIO: tl.constexpr):
+def _pair(of_bin, i, RATIO: tl.constexpr, MOVED: tl.constexpr):
     """Taps `2 * i` and `2 * i + 1` of a bin: cell and weight of either, and whether there are such."""
     places, first, length, weights, last = of_bin
     if RATIO > 0:
         place = tl.load(places + i)
         low = tl.floor(place)
         cell = low.to(tl.int32)
-        above = place - low if weights is None else tl.load(weights + i)
-        below = 1 - above if weights is None else -above
+        above = tl.load(weights + i) if MOVED else place - low
+        below = -above if MOVED else 1 - above
         return cell, below, tl.minimum(cell + 1, last), above, place >= 0, place >= 0
     else:
         here, there = 2 * i < length, 2 * i + 1 < length
@@ -46,14 +45,14 @@ def _pair(of_bin, i, RATIO: tl.constexpr):
 
 
 @triton.jit
-def _tap(of_bin, here, i, RATIO: tl.constexpr):
+def _tap(of_bin, here, i, RATIO: tl.constexpr, MOVED: tl.constexpr):
     """Tap `i` of every bin, where it is `here`: cell, weight, and whether there is one."""
     places, first, length, weights, last = of_bin
     if RATIO > 0:
         place = tl.load(places + i // 2, here & (i < 2 * RATIO), -1)
         low = tl.floor(place)
-        above = place - low if weights is None else tl.load(weights + i // 2, here & (i < 2 * RATIO), 0)
-        below = 1 - above if weights is None else -above
+        above = tl.load(weights + i // 2, here & (i < 2 * RATIO), 0) if MOVED else place - low
+        below = -above if MOVED else 1 - above
         return tl.minimum(low.to(tl.int32) + i % 2, last), tl.where(i % 2 == 0, below, above), place >= 0
     else:
         here &= i < length
@@ -63,7 +62,7 @@ def _tap(of_bin, here, i, RATIO: tl.constexpr):
 @triton.jit
 def _axes(
     row, numbers, length, k, level, heights, widths, height,
-    BINS_Y: tl.constexpr, BINS_X: tl.constexpr, RATIO: tl.constexpr, MOVED: tl.constexpr,
+    BINS_Y: tl.constexpr, BINS_X: tl.constexpr, RATIO: tl.constexpr,
 ):  # fmt: skip
     """Of both axes: places of points, or runs, weights, their step, and the most pairs; and the last cell."""
     numbers += k * length
@@ -72,8 +71,8 @@ def _axes(
     if RATIO > 0:
         POINTS_Y: tl.constexpr = BINS_Y * RATIO
         slopes = numbers + (BINS_Y + BINS_X) * RATIO
-        y = (numbers, row, slopes if MOVED == ALONG_Y else None, 0, RATIO, y_last)
-        x = (numbers + POINTS_Y, row, slopes + POINTS_Y if MOVED == ALONG_X else None, 0, RATIO, x_last)
+        y = (numbers, row, slopes, 0, RATIO, y_last)
+        x = (numbers + POINTS_Y, row, slopes + POINTS_Y, 0, RATIO, x_last)
     else:
         y_weights = numbers - tl.load(row + ORIGIN)
         x_weights = numbers + height + APART * BINS_Y - tl.load(row + OF_X + ORIGIN)
@@ -137,6 +136,8 @@ def forward_along_channels(
     """
     PARTS: tl.constexpr = (BINS_X + BLOCK_BINS - 1) // BLOCK_BINS
     ROWS: tl.constexpr = (BINS_Y + BLOCK_ROWS - 1) // BLOCK_ROWS
+    MOVED_Y: tl.constexpr = MOVED == ALONG_Y
+    MOVED_X: tl.constexpr = MOVED == ALONG_X
     # What reads the same cells is at work at the same time; one block of channels of all maps after another.
     program = tl.program_id(0)
     part, program = program % PARTS, program // PARTS
@@ -146,7 +147,7 @@ def forward_along_channels(
     poolable, level, image = _home(row, len(features))
     if (MINE >> level) & 1 == 0:
         return
-    y, x = _axes(row, numbers, length, k, level, heights, widths, height, BINS_Y, BINS_X, RATIO, MOVED)
+    y, x = _axes(row, numbers, length, k, level, heights, widths, height, BINS_Y, BINS_X, RATIO)
     y_stride = multiple(whole_of(row_strides, level), MULTIPLE)
     x_stride = multiple(whole_of(column_strides, level), MULTIPLE)
     channel = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
@@ -170,17 +171,17 @@ def forward_along_channels(
             if whole_roi:
                 for i in tl.static_range(RATIO):
                     for j in tl.static_range(RATIO):
-                        pairs = _pair(above, i, RATIO), _pair(beside, j, RATIO)
+                        pairs = _pair(above, i, RATIO, MOVED_Y), _pair(beside, j, RATIO, MOVED_X)
                         total = _add_four(total, cells, here, pairs[0], pairs[1], y_stride, x_stride, True)
             else:
                 for i in tl.static_range(RATIO):
                     for j in tl.static_range(RATIO):
-                        pairs = _pair(above, i, RATIO), _pair(beside, j, RATIO)
+                        pairs = _pair(above, i, RATIO, MOVED_Y), _pair(beside, j, RATIO, MOVED_X)
                         total = _add_four(total, cells, here, pairs[0], pairs[1], y_stride, x_stride, False)
         else:
             for i in range(y[4]):
                 for j in range(x[4]):
-                    pairs = _pair(above, i, RATIO), _pair(beside, j, RATIO)
+                    pairs = _pair(above, i, RATIO, MOVED_Y), _pair(beside, j, RATIO, MOVED_X)
                     total = _add_four(total, cells, here, pairs[0], pairs[1], y_stride, x_stride, False)
         tl.store(to + q * bin_stride, (total * scale).to(out.dtype.element_ty), inside)
 
@@ -214,6 +215,8 @@ def forward_along_taps(
     """
     PARTS: tl.constexpr = (BINS_X + BLOCK_BINS - 1) // BLOCK_BINS
     ROWS: tl.constexpr = (BINS_Y + BLOCK_ROWS - 1) // BLOCK_ROWS
+    MOVED_Y: tl.constexpr = MOVED == ALONG_Y
+    MOVED_X: tl.constexpr = MOVED == ALONG_X
     # RoIs fastest: the programs at work at one time share a block of channels, which the caches hold.
     program = tl.program_id(0)
     k, program = (program % count).to(tl.int64), program // count
@@ -223,7 +226,7 @@ def forward_along_taps(
     poolable, level, image = _home(row, len(features))
     if (MINE >> level) & 1 == 0:
         return
-    y, x = _axes(row, numbers, length, k, level, heights, widths, height, BINS_Y, BINS_X, RATIO, MOVED)
+    y, x = _axes(row, numbers, length, k, level, heights, widths, height, BINS_Y, BINS_X, RATIO)
     y_stride, x_stride = whole_of(row_strides, level), whole_of(column_strides, level)
     channel = (block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)).to(tl.int64)[:, None]
     cells = pointer_of(features, level) + image * whole_of(image_strides, level)
@@ -239,20 +242,22 @@ def forward_along_taps(
     inside = inside if EVEN else inside & here
     p1, scale = tl.minimum(p0 + BLOCK_ROWS, BINS_Y), _scale(poolable, RATIO, MOVED, numbers.dtype.element_ty)
     beside = _bin(x, q, RATIO)
-    taps = _tap(beside, poolable, slot, RATIO)
+    taps = _tap(beside, poolable, slot, RATIO, MOVED_X)
     # Where there are lanes that are no taps, loads must be asked after.
     whole_roi = _is_whole(y[0], poolable, (BINS_Y + BINS_X) * RATIO if 2 * RATIO == TAPS else 0)
     for p in range(p0, p1):
         above = _bin(y, p, RATIO)
         if RATIO > 0 and 2 * RATIO <= TAPS:
-            total = _sum_rows(cells, here, above, taps, y_stride, x_stride, whole_roi, RATIO, BLOCK_CHANNELS)
+            total = _sum_rows(
+                cells, here, above, taps, y_stride, x_stride, whole_roi, RATIO, MOVED_Y, BLOCK_CHANNELS
+            )
             total *= (taps[1] * scale)[None, :]
         else:
             total = tl.zeros((BLOCK_CHANNELS, BLOCK_BINS * TAPS), scale.dtype) + (scale - scale)  # or NaN
             for first in range(0, 2 * x[4], TAPS):
-                some = _tap(beside, poolable, first + slot, RATIO)
+                some = _tap(beside, poolable, first + slot, RATIO, MOVED_X)
                 sums = _sum_rows(
-                    cells, here, above, some, y_stride, x_stride, whole_roi, RATIO, BLOCK_CHANNELS
+                    cells, here, above, some, y_stride, x_stride, whole_roi, RATIO, MOVED_Y, BLOCK_CHANNELS
                 )
                 total = tl.fma(sums, (some[1] * scale)[None, :], total)
         total = tl.sum(tl.reshape(total, (BLOCK_CHANNELS, BLOCK_BINS, TAPS)), 2)
@@ -261,7 +266,8 @@ def forward_along_taps(
 
 @triton.jit
 def _sum_rows(
-    cells, here, above, taps, y_stride, x_stride, whole_roi, RATIO: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
+    cells, here, above, taps, y_stride, x_stride, whole_roi,
+    RATIO: tl.constexpr, MOVED: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Of every tap along x, the sum over the taps along y of the bins `above`."""
     at = cells + (taps[0] * x_stride)[None, :]
@@ -269,15 +275,15 @@ def _sum_rows(
     if RATIO > 0 and RATIO <= UNROLLED:
         if whole_roi:
             for i in tl.static_range(RATIO):
-                total = _add_two(total, at, here, _pair(above, i, RATIO), y_stride, True)
+                total = _add_two(total, at, here, _pair(above, i, RATIO, MOVED), y_stride, True)
         else:
             look = taps[2][None, :] if here is None else taps[2][None, :] & here
             for i in tl.static_range(RATIO):
-                total = _add_two(total, at, look, _pair(above, i, RATIO), y_stride, False)
+                total = _add_two(total, at, look, _pair(above, i, RATIO, MOVED), y_stride, False)
     else:
         look = taps[2][None, :] if here is None else taps[2][None, :] & here
         for i in range((above[2] + 1) // 2):
-            total = _add_two(total, at, look, _pair(above, i, RATIO), y_stride, False)
+            total = _add_two(total, at, look, _pair(above, i, RATIO, MOVED), y_stride, False)
     return total
 
 
