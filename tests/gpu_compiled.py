@@ -38,12 +38,19 @@ class Case(NamedTuple):
     channels: int = 256
     aligned: bool = False
     levels_given: bool = False
+    stretch: float = 1.0  # of the scales along x against those along y
+    derivative: int = 0
 
     def __str__(self) -> str:
         grid = {0: "adaptive", EXACT: "exact"}.get(self.ratio, f"ratio {self.ratio}")
         size = "{}x{}".format(*self.output_size)
         maps = f"{len(self.strides)} maps"
-        return f"{str(self.dtype)[6:]:8} {self.layout:13} {size:5} {grid:8} {maps} {self.channels:3}"
+        scales, column = (
+            "x, y" if self.stretch != 1 else "both",
+            ("", "x1", "y1", "x2", "y2")[self.derivative],
+        )
+        what = f"{str(self.dtype)[6:]:8} {self.layout:13} {size:5} {grid:8}"
+        return f"{what} {maps} {scales:6} {column:10} {self.channels:3}"
 
 
 EIGHT = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -68,6 +75,14 @@ CASES = [
     Case(strides=EIGHT, layout="channels_last", ratio=0),
     Case((1, 1), strides=(16,), aligned=True, levels_given=True, layout="sliced", channels=100),
     Case((3, 14), 6, strides=(16,), aligned=True),
+    Case(stretch=0.5),
+    Case(stretch=0.5, ratio=0, layout="channels_last"),
+    Case(derivative=1),
+    Case(derivative=2, layout="channels_last"),
+    Case(derivative=3, ratio=0, dtype=torch.bfloat16, layout="channels_last"),
+    Case(derivative=4, ratio=EXACT, stretch=0.5, aligned=True),
+    Case((14, 14), derivative=1, dtype=torch.float64),
+    Case((14, 14), derivative=4, ratio=0, dtype=torch.float64),
 ]
 
 
@@ -109,7 +124,11 @@ def launched(case: Case) -> list[Any]:
     out = engine.empty(shape, case.dtype, rois.device, is_channels_last(features[0]))
     scales = [1 / s for s in case.strides]
     steps = staircase(scales, 224, 4, rois.dtype)
-    pooling = Pooling(case.output_size, scales, case.ratio, case.aligned, *steps)
+    if case.stretch != 1:
+        scales = [factor * scale for scale in scales for factor in (1, case.stretch)]
+    pooling = Pooling(
+        case.output_size, scales, case.ratio, case.aligned, *steps, derivative=case.derivative
+    )  # fmt: skip
     JITFunction.run = compile_only
     try:
         engine.forward(out, features, rois, levels, pooling)
@@ -140,7 +159,8 @@ def usage(kernel: Any) -> dict[str, int]:
 
 def main() -> None:
     spilled = []
-    print(f"{'':10} {'':22} {'dtype':8} {'layout':13} {'bins':5} {'grid':8} {'':6} {'C':>3} registers shared")
+    what = f"{'':10} {'':22} {'dtype':8} {'layout':13} {'bins':5} {'grid':8}"
+    print(f"{what} {'':6} {'scales':6} derivative {'C':>3} registers shared")
     for capability in map(int, sys.argv[1:] or (80, 90, 100)):
         triton.runtime.driver.set_active(Driver(capability))
         for case in CASES:

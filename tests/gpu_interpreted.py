@@ -1,5 +1,6 @@
 """Run the GPU engine on CPU tensors, in Triton's interpreter, and hold it against the reference."""
 
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from roialign.schema import Pooling
 from roialign.testing import LAYOUTS, assert_within_budget, hostile_boxes, pyramid, random_boxes
 
 SIZE = (48, 72)
+LAYERS = (("contiguous", 3), ("channels_last", 32))  # one for each of the forward kernels
 CANONICAL = (28.0, 4.0)
 
 
@@ -51,8 +53,14 @@ def check(
     dtypes=None,
     layouts=None,
     twice=False,
+    stretch=1.0,
+    derivative=0,
 ) -> None:
-    """Forward and backward against the reference, which in float64 serves as the truth."""
+    """Forward and backward against the reference, which in float64 serves as the truth.
+
+    Along x the scales of the maps are `stretch` times those along y; of a `derivative` it is those of what
+    changes with that column of the rois.
+    """
     working = torch.float64 if dtype == torch.float64 else torch.float32
     features = pyramid(strides, image_size=SIZE, images=images, channels=channels, dtype=dtype, layout=layout)
     features = [f.to(d) for f, d in zip(features, dtypes or [dtype] * len(strides), strict=True)]
@@ -63,7 +71,9 @@ def check(
         rois = rois_of(random_boxes([3] * images, image_size=SIZE, dtype=working))
     rois = rois.to(working)
     scales = [1 / s for s in strides]
-    pooling = pooling_of(scales, output_size, ratio, aligned, working)
+    pooling = pooling_of(scales, output_size, ratio, aligned, working)._replace(derivative=derivative)
+    if stretch != 1:
+        pooling = pooling._replace(scales=[factor * scale for scale in scales for factor in (1, stretch)])
     mapped = given
     if given is None:  # the truth has the levels that the working precision chose
         mapped = pooling.staircase.levels(rois[:, 1:])
@@ -126,6 +136,44 @@ def check_pyramids() -> None:
     check([16, 32, 64], (2, 2), 2, rois=boxes, given=given, channels=3)
     many = rois_of(random_boxes([40, 30], image_size=SIZE, seed=4))  # more than a word of the mask
     check([16, 32], (1, 2), 2, rois=many, channels=2)
+
+
+def check_scales_of_each_axis() -> None:
+    boxes = rois_of(random_boxes([7], image_size=SIZE, seed=7))
+    for layout, channels in LAYERS:
+        for ratio in (2, 0, "exact"):
+            for strides, stretch in (([16], 0.6), ([8, 32, 16], 1.7)):
+                check(
+                    strides, (2, 3), ratio,
+                    rois=boxes, images=1, channels=channels, layout=layout, stretch=stretch,
+                    aligned=stretch < 1, dtype=torch.float64 if ratio == 0 else torch.float32,
+                )  # fmt: skip
+
+
+def check_derivatives() -> None:
+    """Every column and grid; boxes widened, without length, inside out, beside the map, or not poolable."""
+    some = rois_of(random_boxes([4], image_size=SIZE, seed=8))
+    cells = torch.tensor([[0.0, 16, 16, 48, 32], [0.0, -16, 0, 96, 48], [0.0, -40, -8, 8, 64]])
+    lost = torch.tensor([[0.0, torch.nan, 0, 9, 9], [0.0, 0, 0, torch.inf, 9], [3.0, 0, 0, 9, 9]])
+    boxes = hostile_boxes()[:7]
+    odd = torch.cat((torch.zeros(len(boxes), 1), boxes), 1)
+    rois = torch.cat((some, cells, lost, odd))
+    ways = itertools.cycle(
+        [
+            (torch.float32, False, LAYERS[0]),
+            (torch.float64, True, LAYERS[0]),
+            (torch.float32, True, LAYERS[1]),
+            (torch.float64, False, LAYERS[1]),
+            (torch.bfloat16, False, LAYERS[0]),
+        ]
+    )
+    for ratio, column in itertools.product((1, 2, 6, 0, "exact"), (1, 2, 3, 4)):
+        dtype, aligned, (layout, channels) = next(ways)
+        check(
+            [8, 16], (2, 3), ratio,
+            rois=rois, images=1, channels=channels, aligned=aligned, dtype=dtype, layout=layout,
+            stretch=1.3, derivative=column,
+        )  # fmt: skip
 
 
 def check_many_channels() -> None:
@@ -223,6 +271,24 @@ def check_that_nan_stays_where_it_is() -> None:
     assert torch.equal(actual.isnan(), wanted.isnan())
 
 
+def check_that_nan_stays_where_it_is_in_derivatives() -> None:
+    """Half of the boxes end at whole cells, where one more is read; between points far apart none is."""
+    generator = torch.Generator().manual_seed(9)
+    for ratio, (layout, channels) in zip((1, 2, 0, "exact"), [*LAYERS, *LAYERS], strict=True):
+        rois = torch.randint(-8, 28, (12, 5), generator=generator) / 2
+        rois[:, 0], rois[:8, 3:] = 0, rois[:8, 1:3] + rois[:8, 3:].abs()
+        feature = torch.randn(1, 1, 9, 11, generator=generator)
+        feature[torch.rand(feature.shape, generator=generator) < 0.12] = torch.nan
+        feature = LAYOUTS[layout](feature.expand(1, channels, 9, 11))
+        for column in (1, 2, 3, 4):
+            pooling = pooling_of([1.0], (2, 3), ratio, column > 2, torch.float32)._replace(derivative=column)
+            out, expected = torch.empty(2, 12, channels, 2, 3)
+            engine.forward(out, [feature], rois, None, pooling)
+            reference.forward(expected, [feature], rois, None, pooling)
+            assert torch.equal(out.isnan(), expected.isnan())
+            assert 0 < out.isnan().sum() < out.numel()
+
+
 def check_no_rois() -> None:
     features = pyramid([8, 16], image_size=SIZE)
     grads = [torch.full_like(f, torch.nan) for f in features]
@@ -237,7 +303,7 @@ def check_no_rois() -> None:
 
 
 def check_operators() -> None:
-    """Through the dispatcher: gradients of the first and second order."""
+    """Through the dispatcher: gradients of the first and second order, and of boxes."""
     saved = dict(ops.ENGINES)
     ops.ENGINES["cpu"] = "roialign.gpu.engine"
     try:
@@ -245,13 +311,18 @@ def check_operators() -> None:
         rois = rois_of(random_boxes([2], image_size=(32, 32), dtype=torch.float64))
         leaves = [f.requires_grad_() for f in features]
 
+        pooling = pooling_of([1 / 16, 1 / 32], (1, 2), 2, False, torch.float64)
+
         def pool(*maps):
-            return torch.ops.roialign.multiscale_roi_align(
-                maps, rois, None, *pooling_of([1 / 16, 1 / 32], (1, 2), 2, False, torch.float64)
-            )
+            return torch.ops.roialign.multiscale_roi_align(maps, rois, None, *pooling)
+
+        def pool_from(boxes):
+            what = pooling._replace(box_gradients=True)
+            return torch.ops.roialign.multiscale_roi_align(features, boxes, None, *what)
 
         assert torch.autograd.gradcheck(pool, leaves)
         assert torch.autograd.gradgradcheck(pool, leaves)
+        assert torch.autograd.gradcheck(pool_from, rois.requires_grad_())
     finally:
         ops.ENGINES.update(saved)
 

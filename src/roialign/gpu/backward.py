@@ -37,7 +37,8 @@ def prepare(
     rows, row_length, numbers, length, height, width, summary, mask, first_tiles, tiles, words,
     heights, widths, rois, levels, count, images, scales, thresholds, turned, grad, grad_strides, channels,
     ORDER: tl.constexpr, ALIGNED: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr,
-    RATIO: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_TILES: tl.constexpr,
+    RATIO: tl.constexpr, DERIVATIVE: tl.constexpr,
+    TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_TILES: tl.constexpr,
     TURN: tl.constexpr, BLOCK_BINS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Write who touches whom, the tables of one axis of a RoI, or some of its gradient `TURN`ed around.
@@ -59,7 +60,7 @@ def prepare(
         write_runs(
             rows, row_length, numbers, length, height, width, heights, widths,
             rois, levels, (program // 2).to(tl.int64), program % 2, count, images, scales, thresholds,
-            ORDER, ALIGNED, BINS_Y, BINS_X, RATIO, True, BLOCK,
+            ORDER, ALIGNED, BINS_Y, BINS_X, RATIO, DERIVATIVE, True, BLOCK,
         )  # fmt: skip
     elif TURN:
         program -= touching + 2 * count
@@ -104,11 +105,11 @@ def _touch(
         k = ((s * WORD + j) * WORD + bit).to(tl.int64)
         near = tl.load(rois + 5 * k, k < count, -1)
         if tl.max(((near >= first_image) & (near < last_image + 1)).to(tl.int32), 0) == 1:
-            poolable, level, image, y_start, y_size, x_start, x_size = locate(
+            poolable, level, image, along_y, along_x = locate(
                 rois, levels, k, count, images, scales, thresholds, ORDER, ALIGNED
             )
-            top, bottom = reach(y_start, y_size, whole_of(heights, level).to(dtype))
-            left, right = reach(x_start, x_size, whole_of(widths, level).to(dtype))
+            top, bottom = reach(along_y[0], along_y[1], whole_of(heights, level).to(dtype))
+            left, right = reach(along_x[0], along_x[1], whole_of(widths, level).to(dtype))
             hit = (tile_level[:, None] == level[None, :]) & (tile_image[:, None] == image[None, :])
             hit &= (top[None, :] < y + TILE_Y) & (bottom[None, :] >= y)
             hit &= (left[None, :] < x + TILE_X) & (right[None, :] >= x)

@@ -40,7 +40,7 @@ _TABLES = 2**28  # bytes
 class Rule(NamedTuple):
     """Scales and the staircase, as kernels take them."""
 
-    scales: tuple[tuple[float, ...], ...]
+    scales: tuple[tuple[tuple[float, ...], ...], ...]  # of all maps, along y and along x, or once
     thresholds: tuple[tuple[float, ...], ...]
     order: tuple[int, ...]
 
@@ -102,7 +102,7 @@ def _lengths(pooling: Pooling, height: int, width: int, runs: int) -> tuple[int,
     """Of a RoI, how many integers and how many numbers are written; see `tables`."""
     bins = sum(pooling.output_size)
     if not runs:
-        return 1, bins * pooling.sampling_ratio
+        return 1, bins * pooling.sampling_ratio * (2 if pooling.derivative else 1)
     return int(table_kernels.HEAD) + runs, height + width + int(table_kernels.APART) * bins
 
 
@@ -116,20 +116,23 @@ def _write_for_bins(
     rows: Tensor, numbers: Tensor, features: Sequence[Tensor], rois: Tensor, levels: Tensor | None,
     pooling: Pooling,
 ) -> None:  # fmt: skip
-    rule = _rule(tuple(pooling.scales), pooling.staircase, rois.dtype)
+    rule = _rule(_scales_along_axes(len(features), pooling), pooling.staircase, rois.dtype)
     *_, heights, widths = _describe(features)
     bins, ratio = pooling.output_size, pooling.sampling_ratio
     what = (
         heights, widths, rois, levels, len(rois), len(features[0]), rule.scales, rule.thresholds
     )  # fmt: skip
-    constants = {"ORDER": rule.order, "ALIGNED": pooling.aligned, "BINS_Y": bins[0], "BINS_X": bins[1]}
+    constants = {
+        "ORDER": rule.order, "ALIGNED": pooling.aligned, "BINS_Y": bins[0], "BINS_X": bins[1],
+        "RATIO": ratio, "DERIVATIVE": pooling.derivative,
+    }  # fmt: skip
     if ratio > 0:
-        grid = (math.ceil(numbers.numel() / _BLOCK),)
-        table_kernels.place[grid](rows, numbers, *what, **constants, RATIO=ratio, BLOCK=_BLOCK, **_OPTIONS)
+        grid = (math.ceil(len(rois) * sum(bins) * ratio / _BLOCK),)
+        table_kernels.place[grid](rows, numbers, *what, **constants, BLOCK=_BLOCK, **_OPTIONS)
     else:
         table_kernels.write_for_bins[(2 * len(rois),)](
             rows, rows.shape[1], numbers, numbers.shape[1], *_largest(features), *what,
-            **constants, RATIO=ratio, **{**_OPTIONS, "num_warps": 1},
+            **constants, **{**_OPTIONS, "num_warps": 1},
         )  # fmt: skip
 
 
@@ -141,7 +144,8 @@ def _pool(out: Tensor, kind: Kind, rows: Tensor, numbers: Tensor, height: int, p
         out, tuple(map(plain, strides(out))), *_describe(kind.maps), rows, rows.shape[1],
         numbers, numbers.shape[1], height, count, channels,
     )  # fmt: skip
-    constants = {"MINE": kind.mine, "BINS_Y": bins_y, "BINS_X": bins_x, "RATIO": ratio}
+    moved = 2 - pooling.derivative % 2 if pooling.derivative else 0
+    constants = {"MINE": kind.mine, "BINS_Y": bins_y, "BINS_X": bins_x, "RATIO": ratio, "MOVED": moved}
     if kind.innermost and channels >= _WARP:
         block_rows, block_bins = _rows_at_once(bins_y), _evenly(bins_x)
         block = min(_power_of_two(channels), _WARP * _VECTOR // kind.maps[0].itemsize)
@@ -202,7 +206,7 @@ def _scatter(
     rois: Tensor, levels: Tensor | None, pooling: Pooling,
 ) -> None:  # fmt: skip
     """Spread the gradient of RoIs that there is room for."""
-    rule = _rule(tuple(pooling.scales), pooling.staircase, rois.dtype)
+    rule = _rule(_scales_along_axes(len(grads), pooling), pooling.staircase, rois.dtype)
     count, channels, *bins = grad.shape
     block = min(_power_of_two(channels), _THREADS * _VECTOR // grad.itemsize // _TILE_X)
     blocks = math.ceil(channels / block)
@@ -224,7 +228,8 @@ def _scatter(
             *tables, _largest(grads)[1], summary, mask, cut.first_tiles, cut.tiles, words,
             heights, widths, rois, levels, count, len(grads[0]), rule.scales, rule.thresholds,
             turned, grad, tuple(map(plain, strides(grad))), channels,
-            ORDER=rule.order, ALIGNED=pooling.aligned, RATIO=pooling.sampling_ratio, BLOCK_TILES=_TILES,
+            ORDER=rule.order, ALIGNED=pooling.aligned, RATIO=pooling.sampling_ratio,
+            DERIVATIVE=pooling.derivative, BLOCK_TILES=_TILES,
             TURN=turn, BLOCK_BINS=block_bins, BLOCK_CHANNELS=_WARP,
             **constants, **{**_OPTIONS, "num_warps": 1}, **_registers(rois.device, rois.dtype, 168),
         )  # fmt: skip
@@ -337,7 +342,7 @@ def _registers(device: torch.device, dtype: torch.dtype, most: int) -> dict[str,
 
 def _serves(maps: Sequence[Tensor], dtype: torch.dtype, pooling: Pooling) -> bool:
     """Whether there are kernels: not for volumes, nor where cells, counted in floats, are too many."""
-    if maps[0].dim() == 5 or pooling.derivative or len(pooling.scales) != len(maps):
+    if maps[0].dim() == 5:
         return False
     return dtype == torch.float64 or max(max(m.shape[2:]) for m in maps) <= 2**24
 
@@ -353,11 +358,16 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def _scales_along_axes(maps: int, pooling: Pooling) -> tuple[tuple[float, ...], ...]:
+    """The scales of all maps along y and along x; once, where they are the same."""
+    return tuple(dict.fromkeys(zip(*pooling.scales_of(maps), strict=True)))
+
+
 @functools.lru_cache(256)
-def _rule(scales: tuple[float, ...], staircase: Staircase, dtype: torch.dtype) -> Rule:
+def _rule(scales: tuple[tuple[float, ...], ...], staircase: Staircase, dtype: torch.dtype) -> Rule:
     thresholds = staircase.thresholds or (math.inf,)
     return Rule(
-        tuple(exact(scale, dtype) for scale in scales),
+        tuple(tuple(exact(scale, dtype) for scale in along) for along in scales),
         tuple(exact(threshold, dtype) for threshold in thresholds),
         staircase.order if staircase.thresholds else staircase.order * 2,
     )

@@ -10,27 +10,34 @@ import triton.language as tl
 from .geometry import UNROLLED, multiple, pointer_of, whole, whole_of
 from .tables import APART, HEAD, LONGEST, OF_X, ORIGIN, STEP, unpack
 
+ALONG_X, ALONG_Y = tl.constexpr(1), tl.constexpr(2)  # which axis a derivative is along, or 0
+
 
 @triton.jit
 def _bin(axis, b, RATIO: tl.constexpr):
-    """Where the taps of a bin are, or of several: places of points, or first cell, number and weights."""
+    """Where the taps of a bin are, or of several: places of points, or first cell, number and weights.
+
+    The weights of points are, along the axis of a derivative, how fast they move; else their places say them.
+    """
     places, runs, weights, step, _, last = axis
     if RATIO > 0:
-        return places + b * RATIO, b, b * 0 + 2 * RATIO, weights, last
+        return places + b * RATIO, b, b * 0 + 2 * RATIO, weights + b * RATIO, last
     else:
         first, length = unpack(tl.load(runs + b))
         return places, first, length, weights + first + step * b, last
 
 
 @triton.jit
-def _pair(of_bin, i, RATIO: tl.constexpr):
+def _pair(of_bin, i, RATIO: tl.constexpr, MOVED: tl.constexpr):
     """Taps `2 * i` and `2 * i + 1` of a bin: cell and weight of either, and whether there are such."""
     places, first, length, weights, last = of_bin
     if RATIO > 0:
         place = tl.load(places + i)
         low = tl.floor(place)
-        cell, share = low.to(tl.int32), place - low
-        return cell, 1 - share, tl.minimum(cell + 1, last), share, place >= 0, place >= 0
+        cell = low.to(tl.int32)
+        above = tl.load(weights + i) if MOVED else place - low
+        below = -above if MOVED else 1 - above
+        return cell, below, tl.minimum(cell + 1, last), above, place >= 0, place >= 0
     else:
         here, there = 2 * i < length, 2 * i + 1 < length
         weight = tl.load(weights + 2 * i, here, 0)
@@ -38,14 +45,15 @@ def _pair(of_bin, i, RATIO: tl.constexpr):
 
 
 @triton.jit
-def _tap(of_bin, here, i, RATIO: tl.constexpr):
+def _tap(of_bin, here, i, RATIO: tl.constexpr, MOVED: tl.constexpr):
     """Tap `i` of every bin, where it is `here`: cell, weight, and whether there is one."""
     places, first, length, weights, last = of_bin
     if RATIO > 0:
         place = tl.load(places + i // 2, here & (i < 2 * RATIO), -1)
         low = tl.floor(place)
-        share = place - low
-        return tl.minimum(low.to(tl.int32) + i % 2, last), tl.where(i % 2 == 0, 1 - share, share), place >= 0
+        above = tl.load(weights + i // 2, here & (i < 2 * RATIO), 0) if MOVED else place - low
+        below = -above if MOVED else 1 - above
+        return tl.minimum(low.to(tl.int32) + i % 2, last), tl.where(i % 2 == 0, below, above), place >= 0
     else:
         here &= i < length
         return first + i, tl.load(weights + i, here, 0), here
@@ -61,9 +69,10 @@ def _axes(
     y_last = (whole_of(heights, level) - 1).to(tl.int32)
     x_last = (whole_of(widths, level) - 1).to(tl.int32)
     if RATIO > 0:
-        ALONG_Y: tl.constexpr = BINS_Y * RATIO
-        y = (numbers, row, numbers, 0, RATIO, y_last)
-        x = (numbers + ALONG_Y, row, numbers, 0, RATIO, x_last)
+        POINTS_Y: tl.constexpr = BINS_Y * RATIO
+        slopes = numbers + (BINS_Y + BINS_X) * RATIO
+        y = (numbers, row, slopes, 0, RATIO, y_last)
+        x = (numbers + POINTS_Y, row, slopes + POINTS_Y, 0, RATIO, x_last)
     else:
         y_weights = numbers - tl.load(row + ORIGIN)
         x_weights = numbers + height + APART * BINS_Y - tl.load(row + OF_X + ORIGIN)
@@ -84,10 +93,14 @@ def _home(row, n_levels: tl.constexpr):
 
 
 @triton.jit
-def _scale(poolable, RATIO: tl.constexpr, DTYPE: tl.constexpr):
-    """What makes a sum of points a mean, which weights of runs have in them; NaN if there is no such RoI."""
+def _scale(poolable, RATIO: tl.constexpr, MOVED: tl.constexpr, DTYPE: tl.constexpr):
+    """What makes a sum of points a mean, which weights of runs have in them.
+
+    If there is no such RoI it is NaN, of a derivative 0.
+    """
     POINTS: tl.constexpr = RATIO * RATIO if RATIO > 0 else 1
-    return tl.where(poolable, tl.full((), 1.0 / POINTS, DTYPE), tl.full((), float("nan"), DTYPE))
+    LOST: tl.constexpr = 0.0 if MOVED else float("nan")
+    return tl.where(poolable, tl.full((), 1.0 / POINTS, DTYPE), tl.full((), LOST, DTYPE))
 
 
 @triton.jit
@@ -111,7 +124,7 @@ def _all(flag, N: tl.constexpr):
 def forward_along_channels(
     out, out_strides, features, image_strides, channel_strides, row_strides, column_strides, heights, widths,
     rows, row_length, numbers, length, height, count, channels,
-    MINE: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr, RATIO: tl.constexpr,
+    MINE: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr, RATIO: tl.constexpr, MOVED: tl.constexpr,
     MULTIPLE: tl.constexpr, OUT_MULTIPLE: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_BINS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -119,10 +132,12 @@ def forward_along_channels(
 
     `MINE` has a bit for every map that is to be read. All strides but that of the channels, which lie
     innermost, are multiples of `MULTIPLE`; likewise those of the result of `OUT_MULTIPLE`, or that is 0.
-    `EVEN` says that the blocks are whole.
+    `EVEN` says that the blocks are whole. A derivative is `MOVED` along an axis.
     """
     PARTS: tl.constexpr = (BINS_X + BLOCK_BINS - 1) // BLOCK_BINS
     ROWS: tl.constexpr = (BINS_Y + BLOCK_ROWS - 1) // BLOCK_ROWS
+    MOVED_Y: tl.constexpr = MOVED == ALONG_Y
+    MOVED_X: tl.constexpr = MOVED == ALONG_X
     # What reads the same cells is at work at the same time; one block of channels of all maps after another.
     program = tl.program_id(0)
     part, program = program % PARTS, program // PARTS
@@ -147,7 +162,7 @@ def forward_along_channels(
     bin_stride = multiple(whole(out_strides[3]), OUT_MULTIPLE)
     q0, q1 = part * BLOCK_BINS, tl.minimum((part + 1) * BLOCK_BINS, BINS_X)
     p = tl.minimum(p, BINS_Y - 1)
-    scale = _scale(poolable, RATIO, numbers.dtype.element_ty)
+    scale = _scale(poolable, RATIO, MOVED, numbers.dtype.element_ty)
     whole_roi = _is_whole(y[0], poolable, (BINS_Y + BINS_X) * RATIO)
     above = _bin(y, p, RATIO)
     for q in range(q0, q1):
@@ -156,17 +171,17 @@ def forward_along_channels(
             if whole_roi:
                 for i in tl.static_range(RATIO):
                     for j in tl.static_range(RATIO):
-                        pairs = _pair(above, i, RATIO), _pair(beside, j, RATIO)
+                        pairs = _pair(above, i, RATIO, MOVED_Y), _pair(beside, j, RATIO, MOVED_X)
                         total = _add_four(total, cells, here, pairs[0], pairs[1], y_stride, x_stride, True)
             else:
                 for i in tl.static_range(RATIO):
                     for j in tl.static_range(RATIO):
-                        pairs = _pair(above, i, RATIO), _pair(beside, j, RATIO)
+                        pairs = _pair(above, i, RATIO, MOVED_Y), _pair(beside, j, RATIO, MOVED_X)
                         total = _add_four(total, cells, here, pairs[0], pairs[1], y_stride, x_stride, False)
         else:
             for i in range(y[4]):
                 for j in range(x[4]):
-                    pairs = _pair(above, i, RATIO), _pair(beside, j, RATIO)
+                    pairs = _pair(above, i, RATIO, MOVED_Y), _pair(beside, j, RATIO, MOVED_X)
                     total = _add_four(total, cells, here, pairs[0], pairs[1], y_stride, x_stride, False)
         tl.store(to + q * bin_stride, (total * scale).to(out.dtype.element_ty), inside)
 
@@ -188,17 +203,20 @@ def _add_four(total, cells, here, y, x, y_stride, x_stride, WHOLE: tl.constexpr)
 def forward_along_taps(
     out, out_strides, features, image_strides, channel_strides, row_strides, column_strides, heights, widths,
     rows, row_length, numbers, length, height, count, channels,
-    MINE: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr, RATIO: tl.constexpr, EVEN: tl.constexpr,
+    MINE: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr, RATIO: tl.constexpr, MOVED: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_BINS: tl.constexpr, TAPS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Some rows of bins, or parts of them, and a block of channels per program.
 
     The lanes are `TAPS` taps of each bin, along x: so the cells that a warp reads lie in one row of the map,
     close together. `MINE` has a bit for every map that is to be read; `EVEN` says that the blocks of channels
-    are whole.
+    are whole. A derivative is `MOVED` along an axis.
     """
     PARTS: tl.constexpr = (BINS_X + BLOCK_BINS - 1) // BLOCK_BINS
     ROWS: tl.constexpr = (BINS_Y + BLOCK_ROWS - 1) // BLOCK_ROWS
+    MOVED_Y: tl.constexpr = MOVED == ALONG_Y
+    MOVED_X: tl.constexpr = MOVED == ALONG_X
     # RoIs fastest: the programs at work at one time share a block of channels, which the caches hold.
     program = tl.program_id(0)
     k, program = (program % count).to(tl.int64), program // count
@@ -222,22 +240,24 @@ def forward_along_taps(
     here = None if EVEN else channel < channels
     inside = (bins < BINS_X)[None, :]
     inside = inside if EVEN else inside & here
-    p1, scale = tl.minimum(p0 + BLOCK_ROWS, BINS_Y), _scale(poolable, RATIO, numbers.dtype.element_ty)
+    p1, scale = tl.minimum(p0 + BLOCK_ROWS, BINS_Y), _scale(poolable, RATIO, MOVED, numbers.dtype.element_ty)
     beside = _bin(x, q, RATIO)
-    taps = _tap(beside, poolable, slot, RATIO)
+    taps = _tap(beside, poolable, slot, RATIO, MOVED_X)
     # Where there are lanes that are no taps, loads must be asked after.
     whole_roi = _is_whole(y[0], poolable, (BINS_Y + BINS_X) * RATIO if 2 * RATIO == TAPS else 0)
     for p in range(p0, p1):
         above = _bin(y, p, RATIO)
         if RATIO > 0 and 2 * RATIO <= TAPS:
-            total = _sum_rows(cells, here, above, taps, y_stride, x_stride, whole_roi, RATIO, BLOCK_CHANNELS)
+            total = _sum_rows(
+                cells, here, above, taps, y_stride, x_stride, whole_roi, RATIO, MOVED_Y, BLOCK_CHANNELS
+            )
             total *= (taps[1] * scale)[None, :]
         else:
             total = tl.zeros((BLOCK_CHANNELS, BLOCK_BINS * TAPS), scale.dtype) + (scale - scale)  # or NaN
             for first in range(0, 2 * x[4], TAPS):
-                some = _tap(beside, poolable, first + slot, RATIO)
+                some = _tap(beside, poolable, first + slot, RATIO, MOVED_X)
                 sums = _sum_rows(
-                    cells, here, above, some, y_stride, x_stride, whole_roi, RATIO, BLOCK_CHANNELS
+                    cells, here, above, some, y_stride, x_stride, whole_roi, RATIO, MOVED_Y, BLOCK_CHANNELS
                 )
                 total = tl.fma(sums, (some[1] * scale)[None, :], total)
         total = tl.sum(tl.reshape(total, (BLOCK_CHANNELS, BLOCK_BINS, TAPS)), 2)
@@ -246,7 +266,8 @@ def forward_along_taps(
 
 @triton.jit
 def _sum_rows(
-    cells, here, above, taps, y_stride, x_stride, whole_roi, RATIO: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
+    cells, here, above, taps, y_stride, x_stride, whole_roi,
+    RATIO: tl.constexpr, MOVED: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Of every tap along x, the sum over the taps along y of the bins `above`."""
     at = cells + (taps[0] * x_stride)[None, :]
@@ -254,15 +275,15 @@ def _sum_rows(
     if RATIO > 0 and RATIO <= UNROLLED:
         if whole_roi:
             for i in tl.static_range(RATIO):
-                total = _add_two(total, at, here, _pair(above, i, RATIO), y_stride, True)
+                total = _add_two(total, at, here, _pair(above, i, RATIO, MOVED), y_stride, True)
         else:
             look = taps[2][None, :] if here is None else taps[2][None, :] & here
             for i in tl.static_range(RATIO):
-                total = _add_two(total, at, look, _pair(above, i, RATIO), y_stride, False)
+                total = _add_two(total, at, look, _pair(above, i, RATIO, MOVED), y_stride, False)
     else:
         look = taps[2][None, :] if here is None else taps[2][None, :] & here
         for i in range((above[2] + 1) // 2):
-            total = _add_two(total, at, look, _pair(above, i, RATIO), y_stride, False)
+            total = _add_two(total, at, look, _pair(above, i, RATIO, MOVED), y_stride, False)
     return total
 
 

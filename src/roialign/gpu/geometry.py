@@ -87,9 +87,10 @@ def share(a, grid, RATIO: tl.constexpr):
 def locate(
     rois, levels, k, count, images, scales, thresholds, ORDER: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Where RoI `k` lies, or a vector of them: level, image, and start and size of either axis in cells.
+    """Where RoI `k` lies, or a vector of them: level, image, and for y and for x what `to_map` says.
 
-    The first result says whether it can be pooled. Where not, the rest names cells of the first map.
+    Scales are those of y and those of x, or once those of both. The first result says whether the RoI can be
+    pooled. Where not, the rest names cells of the first map.
     """
     dtype: tl.constexpr = rois.dtype.element_ty
     here = k < count
@@ -106,26 +107,43 @@ def locate(
             level = tl.where(area >= number(thresholds[step], dtype), ORDER[step + 1], level)
     else:
         level = tl.load(levels + k, mask=here, other=-1)
-    exists = (level >= 0) & (level < len(scales)) & (image > -1) & (image < images)
+    exists = (level >= 0) & (level < len(scales[0])) & (image > -1) & (image < images)
     level = tl.where(exists, level, 0)
-    scale = number_of(scales, level, dtype)
-    x1, y1, x2, y2 = x1 * scale, y1 * scale, x2 * scale, y2 * scale
+    y_scale, x_scale = number_of(scales[0], level, dtype), number_of(scales[-1], level, dtype)
+    x1, y1, x2, y2 = x1 * x_scale, y1 * y_scale, x2 * x_scale, y2 * y_scale
     finite = (tl.abs(x1) < float("inf")) & (tl.abs(y1) < float("inf"))
     finite &= (tl.abs(x2 - x1) < float("inf")) & (tl.abs(y2 - y1) < float("inf"))
     poolable = exists & finite
     image = tl.where(poolable, image, 0).to(tl.int64)
-    y_start, y_size = to_map(tl.where(poolable, y1, 0.0), tl.where(poolable, y2, 0.0), ALIGNED)
-    x_start, x_size = to_map(tl.where(poolable, x1, 0.0), tl.where(poolable, x2, 0.0), ALIGNED)
-    return poolable, level, image, y_start, y_size, x_start, x_size
+    y = to_map(tl.where(poolable, y1, 0.0), tl.where(poolable, y2, 0.0), y_scale, ALIGNED)
+    x = to_map(tl.where(poolable, x1, 0.0), tl.where(poolable, x2, 0.0), x_scale, ALIGNED)
+    return poolable, level, image, y, x
 
 
 @triton.jit
-def to_map(low, high, ALIGNED: tl.constexpr):
-    """Start and size along one axis, in cells of the map."""
+def to_map(low, high, scale, ALIGNED: tl.constexpr):
+    """Start and size along one axis, in cells of the map, and how fast either changes with the box.
+
+    A size that was widened does not grow.
+    """
     offset: tl.constexpr = 0.5 if ALIGNED else 0.0
     start = low - offset
     size = high - offset - start
-    return start, size if ALIGNED else tl.maximum(size, 1.0)
+    if ALIGNED:
+        return start, size, scale, scale
+    else:
+        return start, tl.maximum(size, 1.0), scale, tl.where(size >= 1, scale, 0.0)
+
+
+@triton.jit
+def rates_of(along, BINS: tl.constexpr, DERIVATIVE: tl.constexpr):
+    """How fast the first bin's start moves, and how fast every bin grows, with a column of the rois."""
+    _, _, scale, growth = along
+    growth = divide(growth, BINS * 1.0)
+    if DERIVATIVE <= 2:
+        return scale, -growth
+    else:
+        return scale * 0, growth
 
 
 @triton.jit
@@ -146,9 +164,33 @@ def visits(bin_start, bin_size, low, high, RATIO: tl.constexpr):
 @triton.jit
 def sample_point(bin_start, bin_size, grid, index, extent, RATIO: tl.constexpr):
     """Sampling point `index` of a bin, clamped to the map, and whether it meets the map."""
-    point = bin_start + share((index + 0.5) * bin_size, grid, RATIO)
+    return clamp(bin_start + share((index + 0.5) * bin_size, grid, RATIO), extent)
+
+
+@triton.jit
+def clamp(point, extent):
+    """A point, clamped to the map, and whether it meets the map."""
     touched = (point >= -1) & (point <= extent)
     return tl.minimum(tl.maximum(tl.where(touched, point, 0.0), 0.0), extent - 1), touched
+
+
+@triton.jit
+def slope_at(bin_start, bin_size, grid, index, extent, rates, RATIO: tl.constexpr):
+    """How fast sampling point `index` moves; 0 where the map is level. `rates` are those of the bin."""
+    rate = rates[0] + share(grid * 0 + (index + 0.5), grid, RATIO) * rates[1]
+    return unless_level(bin_start + share((index + 0.5) * bin_size, grid, RATIO), rate, extent)
+
+
+@triton.jit
+def unless_level(point, rate, extent):
+    """How fast a point moves; 0 before the first cell and after the last, where the map is level."""
+    return tl.where((point >= 0) & (point < extent - 1), rate, 0.0)
+
+
+@triton.jit
+def rates_of_bin(rates, b):
+    """How fast the start of a bin moves, or of a vector of them, and how fast it grows."""
+    return rates[0] + b * rates[1], rates[1]
 
 
 @triton.jit
@@ -158,21 +200,29 @@ def most(numbers):
 
 
 @triton.jit
-def weight_of(cell, start, bin_size, b, extent, RATIO: tl.constexpr):
-    """The weights of a vector of cells in bin `b`, or of one cell each in a vector of bins."""
+def weight_of(cell, start, bin_size, b, extent, rates, RATIO: tl.constexpr):
+    """The weights of a vector of cells in bin `b`, or of one cell each in a vector of bins.
+
+    `rates` are those of a derivative along this axis, or None.
+    """
     bin_start = start + b * bin_size + cell * 0
+    of_bin = None if rates is None else rates_of_bin(rates, b)
     if RATIO == EXACT:
-        return _integral(cell, bin_start, start + (b + 1) * bin_size + cell * 0, extent)
+        bin_end = start + (b + 1) * bin_size + cell * 0
+        if rates is None:
+            return _integral(cell, bin_start, bin_end, extent)
+        else:
+            return _moved_integral(cell, bin_start, bin_end, extent, of_bin)
     else:
         grid, first, number = visits(bin_start, bin_size, cell - 1, cell + 1, RATIO)
         total = cell * 0
         if RATIO > 0 and RATIO <= UNROLLED:
             for i in tl.static_range(RATIO):
-                total += _hat(cell, bin_start, bin_size, grid, i, extent, RATIO)
+                total += _given(cell, bin_start, bin_size, grid, i, extent, of_bin, RATIO)
         else:
             for i in range(most(number)):
-                hat = _hat(cell, bin_start, bin_size, grid, first + i, extent, RATIO)
-                total += tl.where(i < number, hat, 0.0)
+                given = _given(cell, bin_start, bin_size, grid, first + i, extent, of_bin, RATIO)
+                total += tl.where(i < number, given, 0.0)
         return share(total, grid, RATIO)
 
 
@@ -205,10 +255,41 @@ def _integral(cell, bin_start, bin_end, extent):
 
 
 @triton.jit
-def _hat(cell, bin_start, bin_size, grid, index, extent, RATIO: tl.constexpr):
-    """What a point gives a cell: 1 where it lies, falling to 0 at a distance of one."""
+def _moved_integral(cell, bin_start, bin_end, extent, rates):
+    """The derivative of a mean over a bin: what is at its ends, as these move, against the mean."""
+    low, _, length, meets = ends_of(bin_start, bin_end, extent)
+    start_rate, end_rate = rates[0], rates[0] + rates[1]
+    first, starts_within = clamp(bin_start, extent)
+    last, ends_within = clamp(bin_end, extent)
+    at_start, at_end = _hat(cell, first, starts_within), _hat(cell, last, ends_within)
+    total = _integral(cell, bin_start, bin_end, extent) * (start_rate - end_rate)
+    total += at_end * end_rate - at_start * start_rate
+    total = divide(total, tl.where(length > 0, bin_end - bin_start, 1.0))
+    at_point = _rise(cell, low, unless_level(low, (start_rate + end_rate) * 0.5, extent))
+    return tl.where(meets, tl.where(length > 0, total, at_point), 0.0)
+
+
+@triton.jit
+def _given(cell, bin_start, bin_size, grid, index, extent, rates, RATIO: tl.constexpr):
+    """What a point gives a cell; of a derivative as it moves, by the `rates` of the bin."""
     point, touched = sample_point(bin_start, bin_size, grid, index, extent, RATIO)
+    if rates is None:
+        return _hat(cell, point, touched)
+    else:
+        return _rise(cell, point, slope_at(bin_start, bin_size, grid, index, extent, rates, RATIO))
+
+
+@triton.jit
+def _hat(cell, point, touched):
+    """1 where a point lies, falling to 0 at a distance of one."""
     return tl.where(touched, tl.maximum(1 - tl.abs(cell - point), 0.0), 0.0)
+
+
+@triton.jit
+def _rise(cell, point, slope):
+    """The weights of a slope: one against the other, of the cells around a point."""
+    low = tl.floor(point)
+    return tl.where(cell == low + 1, slope, tl.where(cell == low, -slope, 0.0))
 
 
 @triton.jit
