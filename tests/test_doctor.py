@@ -20,6 +20,8 @@ def test_doctor_names_packages_engines_and_passes(capsys):
     for device in ("cpu", "cuda", "mps", "xpu"):
         assert device in printed
     assert ops.engine("cpu").__name__ in printed
+    if doctor.engine_name("cuda").startswith("roialign.gpu"):  # where there is Triton
+        assert doctor.engine_name("cuda") == "roialign.gpu.engine; of volumes roialign.reference"
     for dtype in ("float32", "float64", "float16", "bfloat16"):
         assert f"cpu {dtype} with the reference in float64 passed: largest difference" in printed
     assert "Everything checked is right." in printed

@@ -159,7 +159,9 @@ def engine_name(device: str) -> str:
     if name is None:
         return f"{reference.__name__} (plain PyTorch)"
     try:
-        return importlib.import_module(name).__name__
+        module = importlib.import_module(name)
+        of_volumes = "" if getattr(module, "MOST_AXES", 3) == 3 else f"; of volumes {reference.__name__}"
+        return module.__name__ + of_volumes
     except Exception as error:
         return f"{reference.__name__} (plain PyTorch, slow): {name} cannot be used: {first_line(error)}"
 

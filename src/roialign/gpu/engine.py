@@ -25,6 +25,7 @@ from . import tables as table_kernels
 # Coordinates keep their order of operations; see `geometry`. There is nothing to pipeline.
 _OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 
+MOST_AXES = 2  # of maps that there are kernels for; the reference serves volumes
 _BLOCK = 128  # of threads that each do one thing
 _WARP, _THREADS = 32, 128
 _VECTOR = 16  # bytes that a thread reads at once
@@ -342,7 +343,7 @@ def _registers(device: torch.device, dtype: torch.dtype, most: int) -> dict[str,
 
 def _serves(maps: Sequence[Tensor], dtype: torch.dtype, pooling: Pooling) -> bool:
     """Whether there are kernels: not for volumes, nor where cells, counted in floats, are too many."""
-    if maps[0].dim() == 5:
+    if maps[0].dim() > 2 + MOST_AXES:
         return False
     return dtype == torch.float64 or max(max(m.shape[2:]) for m in maps) <= 2**24
 
