@@ -450,6 +450,24 @@ def test_bad_input(call, message):
         call()
 
 
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (lambda: roialign.RoIAlign((2, 3, 4), 1.0, 2), "output_size must be of two axes in TorchScript"),
+        (lambda: roialign.RoIAlign(2, (1.0, 0.5), 2), "spatial_scale must be a number in TorchScript"),
+        (
+            lambda: roialign.MultiScaleRoIAlign(["0"], 2, 2, scales=[(1.0, 0.5)]),
+            "scales must be a list in TorchScript, one number per map",
+        ),
+        (lambda: roialign.MultiScaleRoIAlign(["0"], (2, 3, 4), 2), "output_size must be of two axes"),
+    ],
+)
+def test_torchscript_refuses_by_name(module, message):
+    pytest.importorskip("torchvision")
+    with pytest.raises(TypeError, match=message):
+        torch.jit.script(module())
+
+
 def test_an_image_index_that_does_not_exist():
     rois = torch.tensor([[0.0, 1, 1, 1, 3, 3, 3], [3, 1, 1, 1, 3, 3, 3]], dtype=torch.float64)
     with pytest.raises(ValueError, match=r"boxes\[1\] must have its image index in \[0, 1\), got 3"):

@@ -132,12 +132,17 @@ def check_scales(scales: Iterable[Any], maps: int, axes: int = 2) -> list[float]
     scales = items("scales", scales, "a list with a number per map")
     if len(scales) != maps:
         raise ValueError(f"scales must hold one number per map, got {len(scales)} for {maps} maps")
-    if all(isinstance(s, _NUMBERS) for s in scales):
+    if are_numbers(scales):
         return [check_positive("each of scales", s) for s in scales]
     checked = [check_scale("each of scales", s, axes) for s in scales]
     if max([len(of_map) for of_map in checked]) == 1:
         return [scale for of_map in checked for scale in of_map]
     return [scale for of_map in checked for scale in (of_map * axes)[:axes]]
+
+
+def are_numbers(values: Sequence[Any]) -> bool:
+    """Whether none is something else, be it a list or an array."""
+    return all(isinstance(value, _NUMBERS) for value in values)
 
 
 def check_scale(argument: str, scale: Any, axes: int | None = None) -> list[float]:

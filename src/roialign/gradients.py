@@ -307,12 +307,16 @@ def _products(slope: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The inner product of two pooled tensors for each RoI, in a precision."""
     if is_channels_last(slope):
         slope, grad = slope.movedim(1, -1), grad.movedim(1, -1)
-    axes = list(range(1, slope.dim()))
     if type(slope) is not Tensor or type(grad) is not Tensor or slope.numel() <= _PRODUCTS:
-        return (slope.to(dtype) * grad.to(dtype)).sum(axes)  # a loop would be unrolled, or not local
+        return _sum_of_products(slope.to(dtype), grad.to(dtype))  # a loop would be unrolled, or not local
     at_once = max(1, _PRODUCTS * len(slope) // slope.numel())
     parts = zip(torch.split(slope, at_once), torch.split(grad, at_once), strict=True)
-    return torch.cat([(s.to(dtype) * g.to(dtype)).sum(axes) for s, g in parts])
+    return torch.cat([_sum_of_products(s.to(dtype), g.to(dtype)) for s, g in parts])
+
+
+def _sum_of_products(slope: Tensor, grad: Tensor) -> Tensor:
+    """What does not move adds nothing, be the gradient there NaN, as of a RoI that cannot be pooled."""
+    return torch.where(slope == 0, slope, slope * grad).sum(list(range(1, slope.dim())))
 
 
 def _columns(rois: Tensor, pooling: Pooling) -> Iterator[tuple[int, Pooling]]:

@@ -142,7 +142,7 @@ class MultiScaleRoIAlign(nn.Module):
         _check_scriptable(self)
         if self.map_levels is not None:
             raise TypeError("map_levels must be None in TorchScript, which cannot call it; use torch.export")
-        if not isinstance(self.scales, (list, type(None))):
+        if not isinstance(self.scales, (list, type(None))) or not arguments.are_numbers(self.scales or ()):
             raise TypeError(f"scales must be a list in TorchScript, one number per map, got {self.scales!r}")
         if not isinstance(self.featmap_names, list):
             raise TypeError(f"featmap_names must be a list in TorchScript, got {self.featmap_names!r}")
@@ -172,6 +172,9 @@ def _check_scriptable(module: nn.Module) -> None:
         )
     if module.box_gradients:
         raise TypeError("box_gradients must be False in TorchScript; use torch.export")
+    size = module.output_size
+    if isinstance(size, (list, tuple)) and len(size) != 2:
+        raise TypeError(f"output_size must be of two axes in TorchScript, got {size!r}; use torch.export")
 
 
 def from_torchvision(state: dict[str, Any]) -> dict[str, Any]:
@@ -242,6 +245,10 @@ class RoIAlign(nn.Module):
     def __prepare_scriptable__(self) -> "RoIAlign":
         """Likewise."""
         _check_scriptable(self)
+        if not arguments.are_numbers([self.spatial_scale]):
+            raise TypeError(
+                f"spatial_scale must be a number in TorchScript, got {self.spatial_scale!r}; use torch.export"
+            )
         return self
 
     def __repr__(self) -> str:
