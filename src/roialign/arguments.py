@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .levels import log2_strides
+from .levels import largest, log2_strides
 from .taps import EXACT
 from .values import integer_of, items, sequence, shown, values_of
 
@@ -222,12 +222,13 @@ def check_strides_agree(map_sizes: Sequence[Sequence[int]], image_shapes: Sequen
     """
     if len(map_sizes[0]) < 3 or len(image_shapes) == 0:
         return
-    for size, strides in zip(map_sizes, log2_strides(map_sizes, image_shapes), strict=True):
+    image = largest(image_shapes)
+    for size in map_sizes:
+        strides = log2_strides(size, image)
         if min(strides) < max(strides):
-            largest = tuple(max(sides) for sides in zip(*image_shapes, strict=True))
             raise ValueError(
                 "scales must be given for volumes whose strides differ by axis, got a volume of "
-                f"{tuple(size)} cells for images of up to {largest}"
+                f"{tuple(size)} cells for images of up to {tuple(image)}"
             )
 
 

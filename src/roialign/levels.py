@@ -25,17 +25,20 @@ def infer_scales(map_sizes: Sequence[Sequence[int]], image_shapes: Sequence[Sequ
     """
     if len(image_shapes) == 0:  # no images, no boxes: any scale is right
         return [1.0] * len(map_sizes)
-    return [0.5 ** max(strides) for strides in log2_strides(map_sizes, image_shapes)]
+    image = largest(image_shapes)
+    return [0.5 ** max(map(_log2_ratio, image, size)) for size in map_sizes]
 
 
-def log2_strides(
-    map_sizes: Sequence[Sequence[int]], image_shapes: Sequence[Sequence[int]]
-) -> list[list[int]]:
-    """The logarithm of the stride of each map along each of its axes, by the largest image."""
-    largest = [max([shape[axis] for shape in image_shapes]) for axis in range(len(image_shapes[0]))]
-    return [
-        [_log2_ratio(image, cells) for image, cells in zip(largest, size, strict=True)] for size in map_sizes
-    ]
+def log2_strides(map_size: Sequence[int], image: Sequence[int]) -> list[int]:
+    """The logarithm of the stride of a map along each of its axes, by the largest image."""
+    return list(map(_log2_ratio, image, map_size))
+
+
+def largest(image_shapes: Sequence[Sequence[int]]) -> Sequence[int]:
+    """The most pixels that images have along each axis."""
+    if len(image_shapes) == 1:
+        return image_shapes[0]
+    return [max([shape[axis] for shape in image_shapes]) for axis in range(len(image_shapes[0]))]
 
 
 def _log2_ratio(image: int, cells: int) -> int:
