@@ -211,13 +211,11 @@ def _pool(
         how = list(size), list(scales), ratio, aligned, canonical_scale, canonical_level
         return portable.pool(features, rois, levels, *how)
     steps = staircase(scales, canonical_scale, canonical_level, rois.dtype, maps, axes)
-    pooling = Pooling(size, scales, ratio, aligned, *steps, box_gradients)
-    if axes > 1:
-        return ops.pool(features, rois, levels, pooling)
-    # A sequence is a map of one row, which every box has for its own.
-    scales = [each for scale in scales for each in (1.0, scale)]
-    pooling = pooling._replace(output_size=(1, *size), scales=scales)
-    return ops.pool([f.unsqueeze(2) for f in features], on_one_row(rois), levels, pooling).squeeze(2)
+    if axes == 1:  # a sequence is a map of one row, which every box has for its own
+        features, rois = [f.unsqueeze(2) for f in features], on_one_row(rois)
+        size, scales = (1, *size), [each for scale in scales for each in (1.0, scale)]
+    pooled = ops.pool(features, rois, levels, Pooling(size, scales, ratio, aligned, *steps, box_gradients))
+    return pooled.squeeze(2) if axes == 1 else pooled
 
 
 def _rois_of_lists(boxes: Sequence[Tensor], features: list[Tensor]) -> Tensor:

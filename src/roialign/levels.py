@@ -64,8 +64,9 @@ class Staircase(NamedTuple):
 
     def levels(self, boxes: Tensor) -> Tensor:
         """`(K, 4)` or `(K, 6)` boxes -> `(K,)` int64: the index of the map of each."""
-        axes = boxes.shape[1] // 2
-        area, *sides = (boxes[:, i + axes] - boxes[:, i] for i in range(axes))
+        ends = boxes.unbind(1)
+        axes = len(ends) // 2
+        area, *sides = (ends[i + axes] - ends[i] for i in range(axes))
         for side in sides:
             area = area * side
         index = torch.full_like(area, self.order[0], dtype=torch.int64)

@@ -52,5 +52,5 @@ def _joined(boxes: Sequence[Any]) -> Tensor:
 
 def on_one_row(rois: Tensor) -> Tensor:
     """Rois `(K, 3)` of sequences as rois `(K, 5)` of maps of one row: each from y = 0 to 1."""
-    x1, x2 = rois[:, 1:2], rois[:, 2:]
-    return torch.cat((rois[:, :1], x1, torch.zeros_like(x1), x2, torch.ones_like(x2)), 1)
+    image, x1, x2 = rois.unbind(1)
+    return torch.stack((image, x1, torch.zeros_like(x1), x2, torch.ones_like(x2)), 1)

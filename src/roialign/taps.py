@@ -120,9 +120,8 @@ def corners_of(rois: Tensor, scales: Sequence[float | Tensor]) -> tuple[Tensor, 
     Returns:
         Starts and ends, `(K, 2A)`; and `(K,)` bool.
     """
-    axes = len(scales)
-    ends = [rois[:, 1 + i] * scales[axes - 1 - i % axes] for i in range(2 * axes)]
-    corners = torch.stack(ends, 1)
+    axes, (_image, *ends) = len(scales), rois.unbind(1)
+    corners = torch.stack([end * scales[axes - 1 - i % axes] for i, end in enumerate(ends)], 1)
     return corners, corners.isfinite().all(1) & (corners[:, axes:] - corners[:, :axes]).isfinite().all(1)
 
 
@@ -137,9 +136,9 @@ def lay_axes(
         scales: of the axes, as in `corners_of`.
         pooling: bins and grid.
     """
-    laid, axes = [], len(sizes)
+    laid, axes, ends = [], len(sizes), corners.unbind(1)
     for axis, (bins, extent, scale) in enumerate(zip(pooling.output_size, sizes, scales, strict=True)):
-        low, high = corners[:, axes - 1 - axis], corners[:, 2 * axes - 1 - axis]
+        low, high = ends[axes - 1 - axis], ends[2 * axes - 1 - axis]
         moved, rates = pooling.moved(axis), None
         if moved is not None:
             rates = torch.zeros_like(low) + moved[0] * scale, torch.zeros_like(low) + moved[1] * scale
