@@ -8,9 +8,8 @@ Run: python benchmarks/axes.py
 """
 
 import math
-import statistics
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torchvision
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, avg_pool3d, grid_sample
 
 import roialign
+from roialign.bench.timing import Effort, milliseconds
 from roialign.levels import staircase
 
 SECONDS = 2.0  # for each figure
@@ -106,20 +106,6 @@ class Problem:
         return self.by_level(features, pool)
 
 
-def medians(calls: Sequence[Call]) -> list[float]:
-    """Milliseconds of each, by turns."""
-    times: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
-    until = time.perf_counter() + SECONDS * len(calls)
-    while time.perf_counter() < until or len(times[0]) < 3:
-        for call, seconds in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-    return [1e3 * statistics.median(seconds) for seconds in times]
-
-
 def step(pool: Callable[[Sequence[Tensor]], Tensor], features: Sequence[Tensor]) -> Call:
     """Forward and backward."""
     leaves = [f.detach().requires_grad_() for f in features]
@@ -140,9 +126,12 @@ def contest(name: str, problem: Problem, peers: dict[str, Callable[[Sequence[Ten
         error = float((pool(problem.features) - expected).abs().max())
         print(f"  {peer}: results within {error:.1e}")
     pools = {"roialign": problem.ours, **peers}
-    forward = medians([lambda pool=pool: pool(problem.features) for pool in pools.values()])
-    both = medians([step(pool, problem.features) for pool in pools.values()])
-    for what, figures in (("forward", forward), ("both ways", both)):
+    for what, calls in (
+        ("forward", {peer: partial(pool, problem.features) for peer, pool in pools.items()}),
+        ("both ways", {peer: step(pool, problem.features) for peer, pool in pools.items()}),
+    ):
+        spreads = milliseconds(calls, Effort(SECONDS * len(calls))).values()
+        figures = [spread["median"] for spread in spreads]
         row = [
             f"{peer} {ms:.3g} ms ({ms / figures[0]:.1f}x)" for peer, ms in zip(pools, figures, strict=True)
         ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import roialign
-from roialign.bench.timing import Effort, spread, time_by_turns
+from roialign.bench.timing import Effort, milliseconds
 from roialign.bench.workloads import FULL, STRIDES, WORKLOADS, make_boxes, make_maps
 
 
@@ -39,8 +39,8 @@ def main() -> None:
             of_boxes = partial(step, fixed, boxes, [boxes], ratio, grad)
             for what, call in (("maps", of_maps), ("maps and boxes", of_both), ("boxes", of_boxes)):
                 calls[f"{name}, ratio {ratio}, gradients of {what}"] = call
-    for name, times in time_by_turns(calls, Effort(60.0)).items():
-        print(f"{name:66} {1000 * spread(times)['median']:6.1f} ms")
+    for name, spread in milliseconds(calls, Effort(60.0)).items():
+        print(f"{name:66} {spread['median']:6.1f} ms")
 
 
 if __name__ == "__main__":

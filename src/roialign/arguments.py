@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .levels import largest, log2_strides
+from .levels import largest, log2_strides, per_axis
 from .taps import EXACT
 from .values import integer_of, items, sequence, shown, values_of
 
@@ -202,10 +202,7 @@ def check_scales_are_not_strides(
     axes = len(map_sizes[0])
     shapes = check_image_shapes(image_shapes, 0, axes)
     pixels = [max([0, *(shape[axis] for shape in shapes)]) for axis in range(axes)]
-    each = [scales[i * axes : (i + 1) * axes] for i in range(len(map_sizes))]
-    if len(scales) == len(map_sizes):
-        each = [[scale] * axes for scale in scales]
-    for of_map, cells in zip(each, map_sizes, strict=True):
+    for of_map, cells in zip(per_axis(scales, len(map_sizes), axes), map_sizes, strict=True):
         fewer = [4 * n <= math.floor(s) * side for s, n, side in zip(of_map, cells, pixels, strict=True)]
         if min(of_map) > 1 and all(fewer):
             sizes = [" x ".join(map(str, size)) for size in (cells, pixels)]

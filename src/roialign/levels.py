@@ -52,6 +52,13 @@ def _log2_ratio(image: int, cells: int) -> int:
     return k
 
 
+def per_axis(scales: Sequence[float], maps: int, axes: int) -> list[tuple[float, ...]]:
+    """The scales of each map along each of its axes, given for each map or, map by map, for each axis."""
+    if len(scales) == maps:
+        return [(scale,) * axes for scale in scales]
+    return [tuple(scales[axes * i : axes * (i + 1)]) for i in range(maps)]
+
+
 class Staircase(NamedTuple):
     """Which map serves a box, by its area alone: what equation 1 comes to for one pyramid.
 
@@ -124,8 +131,7 @@ _constant_staircase._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _staircase(numbers: tuple[float, ...], dtype: torch.dtype, maps: int, axes: int) -> Staircase:
     *scales, canonical_scale, canonical_level = numbers
     if len(scales) != maps:
-        each = [scales[i : i + axes] for i in range(0, len(scales), axes)]
-        scales = [math.prod(of_map) ** (1 / axes) for of_map in each]
+        scales = [math.prod(of_map) ** (1 / axes) for of_map in per_axis(scales, maps, axes)]
     map_levels = map_levels_of(scales)
     first = {level: map_levels.index(level) for level in sorted(set(map_levels))}
     steps = list(first)[:-1]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .levels import Staircase
+from .levels import Staircase, per_axis
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -36,12 +36,9 @@ class Pooling(NamedTuple):
         """What a RoI that cannot be pooled becomes: it has no value, and a derivative of zero."""
         return 0.0 if self.derivative else math.nan
 
-    def scales_of(self, maps: int) -> list[Sequence[float]]:
+    def scales_of(self, maps: int) -> list[tuple[float, ...]]:
         """The scales of each map along each of its axes."""
-        axes = len(self.output_size)
-        if len(self.scales) == maps:
-            return [(scale,) * axes for scale in self.scales]
-        return [self.scales[axes * i : axes * (i + 1)] for i in range(maps)]
+        return per_axis(self.scales, maps, len(self.output_size))
 
     def moved(self, axis: int) -> tuple[bool, bool] | None:
         """Whether it is the start or the end of RoIs along an axis by which the result is differentiated."""

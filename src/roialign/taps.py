@@ -83,7 +83,7 @@ class Pieces(NamedTuple):
         Of a derivative the bin's start comes first and its end last.
         """
         start, end, number, extent = (field[..., None] for field in self[:4])
-        low, high = clip(start, end, extent)
+        low, high = _within(torch.minimum(start, end), torch.maximum(start, end), extent)
         length = (end - start).abs()
         piece = run if self.start_rate is None else run - 1
         left = torch.maximum(low, low.floor() + piece)
@@ -184,8 +184,9 @@ def lay_points(
     if sampling_ratio == EXACT:
         ends = start[:, None] + torch.arange(bins + 1, device=low.device) * bin_size
         end_rate = None if start_rate is None or size_rate is None else start_rate + size_rate
-        # A bin ends where the next begins.
-        return _lay_pieces(Pieces(ends[:, :-1], ends[:, 1:], ends[:, 1:], extent, start_rate, end_rate))
+        start, end = ends[:, :-1], ends[:, 1:]  # a bin ends where the next begins
+        number = _count_pieces(start, end, extent, 0 if rates is None else 2)
+        return Pieces(start, end, number, extent, start_rate, end_rate)
     bin_start = start[:, None] + torch.arange(bins, device=low.device) * bin_size
     if sampling_ratio > 0:
         grid = torch.full_like(bin_size, sampling_ratio)
@@ -200,22 +201,18 @@ def lay_points(
     return Points(bin_start, bin_size, grid, first, number, extent, start_rate, size_rate)
 
 
-def _lay_pieces(bins: Pieces) -> Pieces:
-    """Count the points of bins."""
-    start, end, _, extent, start_rate, _ = bins
+def _count_pieces(start: Tensor, end: Tensor, extent: Tensor, more: int) -> Tensor:
+    """How many pieces each bin has within the map, and `more` points; one without length is a point."""
     low, high = torch.minimum(start, end), torch.maximum(start, end)
     is_point = low == high
     meets = (high >= -1) & (low <= extent) & ((low < extent) & (high > -1) | is_point)
-    low, high = clip(start, end, extent)
-    number = torch.where(is_point, 1.0, high.ceil() - low.floor())
-    if start_rate is not None:
-        number = torch.where(is_point, 1.0, number + 2)
-    return bins._replace(number=torch.where(meets, number, 0.0))
+    low, high = _within(low, high, extent)
+    number = torch.where(is_point, 1.0, high.ceil() - low.floor() + more)
+    return torch.where(meets, number, 0.0)
 
 
-def clip(start: Tensor, end: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
+def _within(low: Tensor, high: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
     """Where a bin that meets the map enters and leaves it: a cell beyond its centres there is nothing."""
-    low, high = torch.minimum(start, end), torch.maximum(start, end)
     return low.clamp(min=-1), torch.minimum(high, extent.to(high))
 
 

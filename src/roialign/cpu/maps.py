@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..layout import normal_strides
+from ..levels import per_axis
 from . import geometry
 
 
@@ -117,8 +118,7 @@ def _constants(
 ) -> tuple[Any, object]:  # fmt: skip
     """The fields of a problem from `scales` on to the bins, and the arrays that they name."""
     code, slices = "f" if dtype == torch.float32 else "d", size[0] if len(size) == 3 else 1
-    if len(scales) == maps:
-        scales = tuple(scale for scale in scales for _ in size)
-    arrays = array(code, scales), array(code, thresholds), array("q", order)
+    of_axes = itertools.chain(*per_axis(scales, maps, len(size)))
+    arrays = array(code, of_axes), array(code, thresholds), array("q", order)
     bins = slices * size[-2], slices, size[-2], size[-1]
     return (*[at(a) for a in arrays], len(thresholds), *bins), arrays

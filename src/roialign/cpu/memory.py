@@ -49,7 +49,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, channe
     """A tensor to be filled; see `reference.empty`."""
     size = math.prod(shape) * dtype.itemsize
     if size < _SMALL:
-        how = memory_format(len(shape) - 2, True) if channels_last else torch.contiguous_format
+        how = memory_format(len(shape) - 2, channels_last)
         return torch.empty(shape, dtype=dtype, device=device, memory_format=how)
     block = _take(size)
     array: NDArray[np.generic]

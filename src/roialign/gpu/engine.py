@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import reference
 from ..layout import empty as empty
 from ..layout import is_channels_last, strides
-from ..levels import Staircase
+from ..levels import Staircase, per_axis
 from ..schema import Pooling
 from . import backward as backward_kernels
 from . import forward as forward_kernels
@@ -83,7 +83,7 @@ def forward(
 
     A small launch writes where the bins read, for as many RoIs as there is room for; then these are pooled.
     """
-    if not _serves(features, rois.dtype, pooling):
+    if not _serves(features, rois.dtype):
         reference.forward(out, features, rois, levels, pooling)
         return
     in_runs = pooling.sampling_ratio <= 0
@@ -117,7 +117,7 @@ def _write_for_bins(
     rows: Tensor, numbers: Tensor, features: Sequence[Tensor], rois: Tensor, levels: Tensor | None,
     pooling: Pooling,
 ) -> None:  # fmt: skip
-    rule = _rule(_scales_along_axes(len(features), pooling), pooling.staircase, rois.dtype)
+    rule = _rule(tuple(pooling.scales), len(features), pooling.staircase, rois.dtype)
     *_, heights, widths = _describe(features)
     bins, ratio = pooling.output_size, pooling.sampling_ratio
     what = (
@@ -180,7 +180,7 @@ def backward(
     tiles of the maps. Then each tile is summed up by programs of its own, in the order of the RoIs: no
     atomics, and no zeros written first. Tiles of coarse maps are summed in parts, which a last launch adds.
     """
-    if not _serves(grads, rois.dtype, pooling) or math.prod(grad.shape[1:]) >= 2**31:
+    if not _serves(grads, rois.dtype) or math.prod(grad.shape[1:]) >= 2**31:
         reference.backward(grads, grad, rois, levels, pooling)
         return
     height, width = _largest(grads)
@@ -207,7 +207,7 @@ def _scatter(
     rois: Tensor, levels: Tensor | None, pooling: Pooling,
 ) -> None:  # fmt: skip
     """Spread the gradient of RoIs that there is room for."""
-    rule = _rule(_scales_along_axes(len(grads), pooling), pooling.staircase, rois.dtype)
+    rule = _rule(tuple(pooling.scales), len(grads), pooling.staircase, rois.dtype)
     count, channels, *bins = grad.shape
     block = min(_power_of_two(channels), _THREADS * _VECTOR // grad.itemsize // _TILE_X)
     blocks = math.ceil(channels / block)
@@ -341,7 +341,7 @@ def _registers(device: torch.device, dtype: torch.dtype, most: int) -> dict[str,
     return {"maxnreg": 255 if dtype == torch.float64 else most} if nvidia else {}
 
 
-def _serves(maps: Sequence[Tensor], dtype: torch.dtype, pooling: Pooling) -> bool:
+def _serves(maps: Sequence[Tensor], dtype: torch.dtype) -> bool:
     """Whether there are kernels: not for volumes, nor where cells, counted in floats, are too many."""
     if maps[0].dim() > 2 + MOST_AXES:
         return False
@@ -359,16 +359,12 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _scales_along_axes(maps: int, pooling: Pooling) -> tuple[tuple[float, ...], ...]:
-    """The scales of all maps along y and along x; once, where they are the same."""
-    return tuple(dict.fromkeys(zip(*pooling.scales_of(maps), strict=True)))
-
-
 @functools.lru_cache(256)
-def _rule(scales: tuple[tuple[float, ...], ...], staircase: Staircase, dtype: torch.dtype) -> Rule:
+def _rule(scales: tuple[float, ...], maps: int, staircase: Staircase, dtype: torch.dtype) -> Rule:
+    y_and_x = dict.fromkeys(zip(*per_axis(scales, maps, 2), strict=True))  # once, where they are the same
     thresholds = staircase.thresholds or (math.inf,)
     return Rule(
-        tuple(tuple(exact(scale, dtype) for scale in along) for along in scales),
+        tuple(tuple(exact(scale, dtype) for scale in along) for along in y_and_x),
         tuple(exact(threshold, dtype) for threshold in thresholds),
         staircase.order if staircase.thresholds else staircase.order * 2,
     )
